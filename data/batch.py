@@ -1,0 +1,74 @@
+"""SequenceBatch: the one type that crosses from data to model.
+
+Legend: T tokens, B sequences, S read positions (where a hidden state is read), C candidates.
+Every shape follows from the config alone, so kernels, caches and graphs see one shape a run.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+HISTORY = "history"
+CANDIDATES = "candidates"
+
+
+@dataclass
+class SequenceBatch(Pipelineable):
+    """Packed histories and the candidates that they are scored against.
+
+    features: KeyedJaggedTensor of stride 1, keys HISTORY (T ids) and CANDIDATES (C ids), both
+        looked up in the one item table. Masked items already carry MASK_ROW; tokens behind the
+        last history and unused candidates carry PADDING_ROW.
+    offsets_B1: int64. Sequence b is tokens offsets[b] to offsets[b+1]. Unused sequences are empty
+        and stand last: their offsets equal the number of tokens in use.
+    targets_S: int64, the table row that follows each read position; PADDING_ROW is no target.
+    read_positions_S: int64 tokens whose hidden state is read, or None for every token (S = T).
+        Unused ones point at token 0 and have no target.
+    log_counts_C: float32, log of each candidate's expected count among the draws (the logQ
+        correction), or None where every item is a candidate once.
+    step_targets: float32 scalar, the number of targets in this step's batches of all ranks.
+    """
+
+    features: KeyedJaggedTensor
+    offsets_B1: Tensor
+    targets_S: Tensor
+    read_positions_S: Tensor | None
+    log_counts_C: Tensor | None
+    step_targets: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        history_T: Tensor,
+        candidates_C: Tensor,
+        offsets_B1: Tensor,
+        targets_S: Tensor,
+        read_positions_S: Tensor | None = None,
+        log_counts_C: Tensor | None = None,
+        step_targets: float = 0.0,
+    ) -> "SequenceBatch":
+        """A batch from int64 id vectors; see the class for what each holds."""
+        features = KeyedJaggedTensor(
+            keys=[HISTORY, CANDIDATES],
+            values=torch.cat([history_T, candidates_C]),
+            lengths=torch.tensor([history_T.numel(), candidates_C.numel()], dtype=torch.int32),
+            stride=1,
+        )
+        total = torch.tensor(step_targets, dtype=torch.float32)
+        return cls(features, offsets_B1, targets_S, read_positions_S, log_counts_C, total)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "SequenceBatch":
+        return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "SequenceBatch":
+        return self._map(lambda value: value.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        self._map(lambda value: value.record_stream(stream))
+
+    def _map(self, act) -> "SequenceBatch":  # type: ignore[no-untyped-def]
+        values = (getattr(self, one.name) for one in fields(self))
+        return SequenceBatch(*(None if value is None else act(value) for value in values))
