@@ -13,6 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from data.errors import InputError
 
 CONFIGS = Path(__file__).parent
+# Hydra's own run folder and log handlers: under torchrun each rank would make its own, and a
+# command's output goes where the command says.
+NO_HYDRA_FILES = [
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+]
 
 
 def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], None]]:
@@ -33,6 +41,7 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
 
         def start() -> None:
             _check_grammar(sys.argv[1:])
+            sys.argv += NO_HYDRA_FILES
             entry(run)()
 
         return start

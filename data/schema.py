@@ -32,7 +32,10 @@ HISTORIES = "histories"
 
 
 def history_schema(
-    user_id: pa.DataType, item: pa.DataType, timestamp: pa.DataType, features: dict[str, pa.DataType]
+    user_id: pa.DataType,
+    item: pa.DataType,
+    timestamp: pa.DataType,
+    features: dict[str, pa.DataType],
 ) -> pa.Schema:
     """One row a user, every list in time order and of one length L.
 

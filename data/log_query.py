@@ -1,0 +1,208 @@
+"""The SQL that reads a raw log: its columns by the user's names, typed, with bad rows marked."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import duckdb
+
+from data.engine import first_line, quoted, quoted_path
+from data.errors import InputError
+from data.log_files import LogFiles
+
+DEDUPLICATE = ("none", "consecutive", "user_item")
+TIES = "input_order"  # events of one user at one time keep the order of the input
+OWN_COLUMNS = ("user_id", "items", "timestamps", "n_train", "n_validation")
+FILTERED = 0  # a row's mark when `where` does not hold
+BAD_REASONS = {  # a row's mark when it cannot be used
+    1: "null_user",
+    2: "null_item",
+    3: "null_time",
+    4: "unreadable_user",
+    5: "unreadable_item",
+    6: "unreadable_time",
+}
+_INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
+_INTEGERS |= {"U" + name for name in _INTEGERS}
+
+
+@dataclass(frozen=True)
+class LogRules:
+    """How a raw log is read. Kept in the manifest, so that scoring reads a log the same way."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+    time: str = "timestamp"
+    features: tuple[str, ...] = ()
+    where: str | None = None  # a SQL condition over the log's own columns
+    deduplicate: str = "none"  # see data.logs
+    csv_delimiter: str | None = None  # None: a comma, or a tab for .tsv
+    csv_types: dict[str, str] = field(default_factory=dict)  # column: DuckDB type, else detected
+
+    def __post_init__(self) -> None:
+        if self.deduplicate not in DEDUPLICATE:
+            raise InputError(
+                f"deduplicate={self.deduplicate} is unknown; choose {' | '.join(DEDUPLICATE)}"
+            )
+        for name in self.features:
+            if name in OWN_COLUMNS:
+                raise InputError(
+                    f"columns.features has {name!r}, a column that histories have already; "
+                    f"rename it in the log (taken: {', '.join(OWN_COLUMNS)})"
+                )
+            if self.features.count(name) > 1:
+                raise InputError(f"columns.features names {name!r} twice; name it once")
+
+    def as_options(self) -> dict[str, Any]:
+        """The rules as a manifest's `options` keep them; `from_options` reads them back."""
+        return {"log": asdict(self) | {"features": list(self.features), "ties": TIES}}
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> "LogRules":
+        """The rules that a manifest's `options` keep."""
+        rules = {name: value for name, value in options["log"].items() if name != "ties"}
+        return cls(**rules | {"features": tuple(rules["features"])})
+
+
+@dataclass(frozen=True)
+class LogQuery:
+    """`events`: user_id, item_id, time, f0, f1, … and `mark`, null for a good row.
+
+    `total` counts all rows where `events` leaves out those that `where` drops (Parquet, where the
+    condition can skip row groups); for CSV it is None and they come marked FILTERED.
+    """
+
+    events: str
+    total: str | None
+
+
+def log_query(connection: duckdb.DuckDBPyConnection, files: LogFiles, rules: LogRules) -> LogQuery:
+    """Build the query from the files' own schema.
+
+    Raises InputError for columns that are missing or of an unusable type and for a `where` that
+    is no condition; DuckDB's own errors are those of damaged files.
+    """
+    names = f"[{', '.join(quoted_path(path) for path in files.paths)}]"
+    hive = f"hive_partitioning={str(files.hive_partitioned).lower()}"
+    if files.kind == "parquet":
+        source = f"FROM read_parquet({names}, union_by_name=true, {hive})"
+        types = _types(connection, source, rules)
+        query = _select(source, types, rules, False)
+        total = f"SELECT sum(num_rows)::BIGINT FROM parquet_file_metadata({names})"
+    else:
+        options = (
+            f"header=true, quote='\"', escape='\"', delim='{_delimiter(files, rules)}', {hive}"
+        )
+        detected = f"FROM read_csv({names}, {options}, ignore_errors=true)"
+        types = _types(connection, detected, rules) | rules.csv_types
+        text = f"FROM read_csv({names}, {options}, all_varchar=true, store_rejects=true)"
+        source = _from_text(text, types, rules)
+        query = _select(source, types, rules, True)
+        total = None
+    _check_where(connection, source, rules)
+    return LogQuery(query, total)
+
+
+def _delimiter(files: LogFiles, rules: LogRules) -> str:
+    tab = files.paths[0].lower().endswith((".tsv", ".tsv.gz"))
+    given = rules.csv_delimiter or ("\t" if tab else ",")
+    return "\t" if given in ("\\t", "tab") else given.replace("'", "''")
+
+
+def _types(connection: duckdb.DuckDBPyConnection, source: str, rules: LogRules) -> dict[str, str]:
+    """The types of the log's columns, once all that the rules name are there."""
+    rows = connection.execute(f"DESCRIBE {source}").fetchall()
+    types = {str(row[0]): str(row[1]) for row in rows}
+    wanted = [("columns.user", rules.user), ("columns.item", rules.item)]
+    wanted += [("columns.time", rules.time)]
+    wanted += [("columns.features", name) for name in rules.features]
+    wanted += [("csv.types", name) for name in rules.csv_types]
+    for option, name in wanted:
+        if name not in types:
+            raise InputError(
+                f"{option}={name} is not a column of the log; it has {', '.join(types)}"
+            )
+    for name, kind in rules.csv_types.items():
+        try:
+            connection.execute(f"SELECT CAST(NULL AS {kind})")
+        except duckdb.Error as error:
+            raise InputError(f"csv.types.{name}={kind} is no DuckDB type; try VARCHAR") from error
+    return types
+
+
+def _from_text(text: str, types: dict[str, str], rules: LogRules) -> str:
+    """Read CSV cells as text and cast here: what does not parse is counted, at any thread count."""
+    casts = ", ".join(f"TRY_CAST({quoted(c)} AS {types[c]}) AS {quoted(c)}" for c in types)
+    roles = (("user", rules.user), ("item", rules.item), ("time", rules.time))
+    kept = ", ".join(f"{quoted(column)} AS __text_{role}" for role, column in roles)
+    return f"SELECT {casts}, {kept} {text}"
+
+
+def _select(source: str, types: dict[str, str], rules: LogRules, text: bool) -> str:
+    columns = [quoted(rules.user), quoted(rules.item), quoted(rules.time)]
+    raw = ["__text_user", "__text_item", "__text_time"] if text else columns
+    user = _id_value("columns.user", rules.user, types)
+    item = _id_value("columns.item", rules.item, types)
+    time, time_is_good = _time_value(rules.time, types)
+    tests = [f"{column} IS NULL" for column in raw]
+    tests += [f"{user} IS NULL", f"{item} IS NULL", f"NOT coalesce({time_is_good}, false)"]
+    marks = [f"WHEN {test} THEN {mark}" for mark, test in enumerate(tests, 1)]
+    where = ""
+    if rules.where and text:
+        marks.insert(0, f"WHEN NOT coalesce(({rules.where}\n), false) THEN {FILTERED}")
+    elif rules.where:
+        where = f"WHERE ({rules.where}\n)"
+    features = "".join(
+        f", {_feature(name, types)} AS f{place}" for place, name in enumerate(rules.features)
+    )
+    return (
+        f"SELECT {user} AS user_id, {item} AS item_id, {time} AS time{features}, "
+        f"CAST(CASE {' '.join(marks)} END AS UTINYINT) AS mark FROM ({source}) {where}"
+    )
+
+
+def _id_value(option: str, name: str, types: dict[str, str]) -> str:
+    kind, column = types[name], quoted(name)
+    if kind in _INTEGERS:
+        return f"TRY_CAST({column} AS BIGINT)"
+    if kind in ("VARCHAR", "UUID") or kind.startswith("ENUM"):
+        return f"CAST({column} AS VARCHAR)"
+    raise InputError(f"{option}={name} has type {kind}; ids are integers or strings, so cast them")
+
+
+def _time_value(name: str, types: dict[str, str]) -> tuple[str, str]:
+    """The value, and the test that it can be sorted by."""
+    kind, column = types[name], quoted(name)
+    if kind in _INTEGERS:
+        value = f"TRY_CAST({column} AS BIGINT)"
+        return value, f"{value} IS NOT NULL"
+    if kind in ("FLOAT", "DOUBLE") or kind.startswith("DECIMAL"):
+        value = f"CAST({column} AS DOUBLE)"
+    elif kind.startswith("TIMESTAMP"):
+        value = column
+    elif kind in ("DATE", "VARCHAR"):
+        value = f"TRY_CAST({column} AS TIMESTAMP)"
+    else:
+        raise InputError(
+            f"columns.time={name} has type {kind}; times are integers, floats, dates or timestamps"
+        )
+    return value, f"isfinite({value})"
+
+
+def _feature(name: str, types: dict[str, str]) -> str:
+    kind = types[name]
+    if kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION")):
+        raise InputError(f"columns.features={name} has type {kind}; features are single values")
+    return f"CAST({quoted(name)} AS VARCHAR)" if kind.startswith("ENUM") else quoted(name)
+
+
+def _check_where(connection: duckdb.DuckDBPyConnection, source: str, rules: LogRules) -> None:
+    if not rules.where:
+        return
+    try:
+        duckdb.SQLExpression(rules.where)
+        connection.execute(f"EXPLAIN SELECT 1 FROM ({source}) WHERE ({rules.where}\n)")
+    except duckdb.Error as error:
+        raise InputError(
+            f"where={rules.where} is no SQL condition over the log's columns "
+            f"({first_line(error)}); write for example 'where=\"event = \\'buy\\'\"'"
+        ) from error

@@ -1,0 +1,89 @@
+"""How events are divided into training, validation and test, as SQL over the events."""
+
+from dataclasses import dataclass
+
+import duckdb
+
+from data.engine import first_line, one_row
+from data.errors import InputError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which events train, validate and test; the bounds are SQL literals of the time's type.
+
+    leave_one_out: a user's last event tests, the one before validates; with fewer than three
+    events all train. temporal: events before `validation_from` train, from there on and before
+    `test_from` validate, later ones test.
+    """
+
+    kind: str = "leave_one_out"
+    validation_from: str = ""
+    test_from: str = ""
+
+    @property
+    def in_training(self) -> str:
+        """SQL condition on an event for what k-core and vocabulary order may look at."""
+        return f"time < {self.validation_from}" if self.kind == "temporal" else "true"
+
+    @property
+    def sizes(self) -> str:
+        """SQL aggregates n_train, n_validation of a user's events."""
+        if self.kind == "temporal":
+            inside = f"time >= {self.validation_from} AND time < {self.test_from}"
+            train = f"count(*) FILTER ({self.in_training})"
+            validation = f"count(*) FILTER ({inside})"
+        else:
+            train = "CASE WHEN count(*) < 3 THEN count(*) ELSE count(*) - 2 END"
+            validation = "CASE WHEN count(*) < 3 THEN 0 ELSE 1 END"
+        return f"({train})::INTEGER AS n_train, ({validation})::INTEGER AS n_validation"
+
+
+def temporal_split(
+    connection: duckdb.DuckDBPyConnection, validation_from: object, test_from: object, kind: str
+) -> Split:
+    """The temporal split at two bounds, checked against the times of `events`, of type `kind`.
+
+    Raises InputError for a bound that is no such time, for bounds in the wrong order, and when no
+    event lies before the first bound or none behind it.
+    """
+    first = _literal(connection, "split.validation_from", validation_from, kind)
+    second = _literal(connection, "split.test_from", test_from, kind)
+    ordered, some_before, some_after, oldest, newest = one_row(
+        connection,
+        f"SELECT {first} <= {second}, min(time) < {first}, max(time) >= {first}, "
+        "min(time)::VARCHAR, max(time)::VARCHAR FROM events",
+    )
+    if not ordered:
+        raise InputError(
+            f"split.validation_from={validation_from} lies after split.test_from={test_from}; "
+            "validation comes first"
+        )
+    if not (some_before and some_after):
+        raise InputError(
+            f"split.validation_from={validation_from} leaves no event "
+            f"{'before' if not some_before else 'after'} it; the log runs from {oldest} to {newest}"
+        )
+    return Split("temporal", first, second)
+
+
+def _literal(connection: duckdb.DuckDBPyConnection, option: str, value: object, kind: str) -> str:
+    text = str(value).replace("'", "''")
+    literal = f"CAST('{text}' AS {kind})"
+    try:
+        exact = f"CAST('{text}' AS DOUBLE) = {literal}" if kind == "BIGINT" else "true"
+        good = one_row(connection, f"SELECT {exact}, isfinite({literal}::{_finite(kind)})")
+    except duckdb.Error as error:
+        reason = first_line(error)
+    else:
+        if good == (True, True):
+            return literal
+        reason = "not exact or not finite"
+    raise InputError(
+        f"{option}={value} is no {kind}, the type of the log's times ({reason}); give a number "
+        "for numeric times, else a date such as 2024-01-31"
+    )
+
+
+def _finite(kind: str) -> str:
+    return "DOUBLE" if kind == "BIGINT" else kind

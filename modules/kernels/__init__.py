@@ -1,0 +1,1 @@
+"""Triton kernels of this project. Import the module you need; importing this package costs nothing."""

@@ -1,0 +1,322 @@
+"""`ssd_triton`: the state space duality of packed histories on our own Triton kernels.
+
+For a head with decay A < 0 and tokens i, j of one sequence,
+  `y_i = Σ_{j≤i} (C_i·B_j) exp(Σ_{k=j+1..i} dt_k A) dt_j x_j + D x_i`   (Dao & Gu 2024, section 6).
+
+Forward: cut the batch into chunks (`ssd_table`), carry the state from chunk to chunk (`ssd_walk`),
+make each chunk's outputs (`ssd_forward`). Backward: the same table and states again (cheaper to
+recompute than to keep: a state per chunk is as large as x), the gradient of the state carried from
+the end (`ssd_walk` reversed), each chunk's gradients (`ssd_backward`). Lengths are read on the
+device only: nothing here waits for the GPU, every grid and every scratch size follows from shapes
+and the whole can be captured in a CUDA graph. Sums have a fixed order: same inputs, same bits.
+
+Launch options come from a small table, not from a search, so a fresh process compiles each kernel
+once.
+
+Shape suffixes: T tokens, H heads, P channels of a head, N state, B sequences, B1 = B + 1 offsets,
+Z chunks or segments.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from modules.kernels.ssd_backward import decay_gradient_kernel, gradient_kernel
+from modules.kernels.ssd_forward import output_kernel
+from modules.kernels.ssd_table import count_pieces_kernel, decay_kernel, fill_table_kernel
+from modules.kernels.ssd_walk import combine_segments_kernel, walk_kernel
+
+SIZES = (16, 32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernels run for one (head dim, state size, dtype). Measured on an H100."""
+
+    chunk: int = 64  # tokens
+    segment_chunks: int = 16  # a longer sequence is walked by several programs
+    tile: int = 64  # columns of the (head, channel) axis that a walking program carries
+    walk_warps: int = 4
+    walk_stages: int = 2
+    output_warps: int = 4
+    output_stages: int = 2
+    gradient_warps: int = 8
+    gradient_stages: int = 1
+    precision: str = "tf32x3"  # of fp32 products; bf16 ones ignore it
+
+
+def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
+    """The launch options for a head dim, a state size and a dtype."""
+    if dtype == torch.float32:  # tiles are twice as large: smaller chunks keep them on the chip
+        return Launch(chunk=32, segment_chunks=32, output_stages=1, walk_stages=1)
+    return Launch()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Chunks and segments of a packed batch (see `ssd_table`), all on the device."""
+
+    first_B2: Tensor  # of the segments
+    segment_slot_B2: Tensor
+    chunk_slot_B2: Tensor
+    chunks_4Z: Tensor
+    segments_4Z: Tensor
+    chunk_slots: int
+    segment_slots: int
+
+
+def make_table(offsets_B1: Tensor, tokens: int, launch: Launch) -> Table:
+    """Cut `tokens` packed tokens at `offsets_B1`. Two tiny launches, no synchronisation."""
+    sequences = offsets_B1.numel() - 1
+    segment = launch.chunk * launch.segment_chunks
+    chunks = triton.cdiv(tokens, launch.chunk) + sequences + 1
+    segments = triton.cdiv(tokens, segment) + sequences + 1
+    empty = offsets_B1.new_empty
+    first_2B2 = empty(2, sequences + 2, dtype=torch.int32)
+    slot_2B2 = torch.empty_like(first_2B2)
+    chunks_4Z = empty(4, chunks, dtype=torch.int32)
+    segments_4Z = empty(4, segments, dtype=torch.int32)
+    count_pieces_kernel[(2,)](
+        offsets_B1, first_2B2, slot_2B2, sequences, tokens, launch.chunk, segment, BLOCK=1024
+    )
+    fill_table_kernel[(triton.cdiv(chunks, 256), 2)](
+        first_2B2, slot_2B2, chunks_4Z, segments_4Z, sequences, (sequences + 1).bit_length(),
+        chunks, segments, BLOCK=256,
+    )  # fmt: skip
+    return Table(
+        first_2B2[1], slot_2B2[1], slot_2B2[0], chunks_4Z, segments_4Z,
+        max(tokens // launch.chunk, 1), max(tokens // segment, 1),
+    )  # fmt: skip
+
+
+def walk(
+    key_TN: Tensor, value_THP: Tensor, dt_TH: Tensor, c_TH: Tensor, offsets_B1: Tensor,
+    table: Table, launch: Launch, *, reverse: bool, end_BHPN: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """States at chunk boundaries: `[slot, H, N, P]`. `end_BHPN` is written (forward) or read."""
+    T, H, P = value_THP.shape
+    N, sequences, segments = key_TN.shape[1], offsets_B1.numel() - 1, table.segments_4Z.shape[1]
+    state_SHNP = value_THP.new_empty(table.chunk_slots, H, N, P)
+    boundary_SHNP = value_THP.new_empty(table.segment_slots, H, N, P, dtype=torch.float32)
+    boundary_decay_SH = boundary_SHNP.new_empty(table.segment_slots, H)
+    has_end = end_BHPN is not None
+    tiles = triton.cdiv(H * P, launch.tile)
+
+    def run(local: bool) -> None:
+        walk_kernel[(segments, tiles)](
+            key_TN, value_THP, dt_TH, c_TH, offsets_B1, table.segments_4Z, table.chunk_slot_B2,
+            state_SHNP, boundary_SHNP, boundary_decay_SH, end_BHPN, sequences, segments,
+            key_TN.stride(0), value_THP.stride(0), H, N, P, launch.tile, launch.chunk,
+            launch.segment_chunks, reverse, local, has_end and not local, launch.precision,
+            num_warps=launch.walk_warps, num_stages=launch.walk_stages,
+        )  # fmt: skip
+
+    if launch.chunk * launch.segment_chunks < T:  # some sequence may be longer than a segment
+        run(local=True)
+        combine_segments_kernel[(sequences, tiles)](
+            boundary_SHNP, boundary_decay_SH, table.first_B2, table.segment_slot_B2, end_BHPN,
+            sequences, H, N, P, launch.tile, reverse, has_end, num_warps=4,
+        )  # fmt: skip
+    run(local=False)
+    return state_SHNP
+
+
+def decays(dt_TH: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch) -> Tensor:
+    """`c_TH`: the running log2 decay inside each chunk."""
+    H, chunks = dt_TH.shape[1], table.chunks_4Z.shape[1]
+    c_TH = torch.empty_like(dt_TH)
+    heads = min(triton.next_power_of_2(H), 32)
+    decay_kernel[(chunks, triton.cdiv(H, heads))](
+        dt_TH, A_H, offsets_B1, table.chunks_4Z, c_TH, offsets_B1.numel() - 1, chunks, H, heads,
+        launch.chunk, num_warps=1,
+    )  # fmt: skip
+    return c_TH
+
+
+def head_groups(chunks: int, H: int, limit: int) -> int:
+    """Into how many programs a chunk's heads are split, so that few chunks still fill the card."""
+    return min(max(1, triton.cdiv(512, chunks)), H, limit)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with contiguous trailing dimensions; the stride between tokens stays as it is."""
+    inner = x[0] if x.shape[0] else x
+    return x if inner.is_contiguous() else x.contiguous()
+
+
+@torch.library.custom_op("ssd4rec::ssd", mutates_args=())
+def ssd_op(
+    x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
+    offsets_B1: Tensor, final_states: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y_THP and the states after each sequence's last token (an empty tensor if not wanted)."""
+    T, H, P = x_THP.shape
+    N, sequences = B_TN.shape[1], offsets_B1.numel() - 1
+    x_THP, B_TN, C_TN = rows(x_THP), rows(B_TN), rows(C_TN)
+    dt_TH = dt_TH.contiguous()
+    y_THP = torch.empty(T, H, P, dtype=x_THP.dtype, device=x_THP.device)
+    end_BHPN = x_THP.new_zeros(sequences, H, P, N, dtype=torch.float32) if final_states else None
+    if T:
+        launch = choose_launch(P, N, x_THP.dtype)
+        table = make_table(offsets_B1, T, launch)
+        c_TH = decays(dt_TH, A_H, offsets_B1, table, launch)
+        state_SHNP = walk(
+            B_TN, x_THP, dt_TH, c_TH, offsets_B1, table, launch, reverse=False, end_BHPN=end_BHPN
+        )
+        chunks = table.chunks_4Z.shape[1]
+        groups = head_groups(chunks, H, limit=H)
+        output_kernel[(chunks, groups)](
+            x_THP, dt_TH, c_TH, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, y_THP,
+            sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), H,
+            triton.cdiv(H, groups), N, P, launch.chunk, launch.precision,
+            num_warps=launch.output_warps, num_stages=launch.output_stages,
+        )  # fmt: skip
+    return y_THP, x_THP.new_empty(0, dtype=torch.float32) if end_BHPN is None else end_BHPN
+
+
+@ssd_op.register_fake
+def _(
+    x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
+    offsets_B1: Tensor, final_states: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    T, H, P = x_THP.shape
+    y_THP = torch.empty(T, H, P, dtype=x_THP.dtype, device=x_THP.device)
+    shape = (offsets_B1.shape[0] - 1, H, P, B_TN.shape[1]) if final_states else (0,)
+    return y_THP, x_THP.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("ssd4rec::ssd_backward", mutates_args=())
+def ssd_backward_op(
+    dy_THP: Tensor, dend_BHPN: Tensor | None, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor,
+    B_TN: Tensor, C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients to x, dt, A, B, C, D, contiguous."""
+    T, H, P = x_THP.shape
+    N, sequences = B_TN.shape[1], offsets_B1.numel() - 1
+    x_THP, B_TN, C_TN, dy_THP = rows(x_THP), rows(B_TN), rows(C_TN), rows(dy_THP)
+    dt_TH = dt_TH.contiguous()
+    if dend_BHPN is not None:
+        dend_BHPN = dend_BHPN.contiguous()
+    launch = choose_launch(P, N, x_THP.dtype)
+    dx_THP = torch.empty(T, H, P, dtype=x_THP.dtype, device=x_THP.device)
+    ddt_TH = torch.empty_like(dt_TH)
+    if T == 0:
+        empty_TN = B_TN.new_empty(T, N)
+        return dx_THP, ddt_TH, torch.zeros_like(A_H), empty_TN, empty_TN.clone(), D_H.new_zeros(H)
+    table = make_table(offsets_B1, T, launch)
+    c_TH = decays(dt_TH, A_H, offsets_B1, table, launch)
+    chunks = table.chunks_4Z.shape[1]
+    groups = head_groups(chunks, H, limit=4)
+    partial = torch.float32 if groups > 1 else x_THP.dtype
+    dB_GTN = B_TN.new_empty(groups, T, N, dtype=partial)
+    dC_GTN = torch.empty_like(dB_GTN)
+    dA_dD_2ZH = dt_TH.new_empty(2, chunks, H)
+    through_ZH = dt_TH.new_empty(chunks, H)
+    q_TH, o_TH, r_TH = dt_TH.new_empty(3, T, H)
+    state_SHNP = walk(
+        B_TN, x_THP, dt_TH, c_TH, offsets_B1, table, launch, reverse=False, end_BHPN=None
+    )
+    dstate_SHNP = walk(
+        C_TN, dy_THP, dt_TH, c_TH, offsets_B1, table, launch, reverse=True, end_BHPN=dend_BHPN
+    )
+    gradient_kernel[(chunks, groups)](
+        x_THP, dt_TH, c_TH, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, dstate_SHNP,
+        dend_BHPN, dy_THP, dx_THP, q_TH, o_TH, r_TH, through_ZH, dB_GTN, dC_GTN, dA_dD_2ZH[1],
+        sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), dy_THP.stride(0), H,
+        triton.cdiv(H, groups), N, P, launch.chunk, dend_BHPN is not None, launch.precision,
+        num_warps=launch.gradient_warps, num_stages=launch.gradient_stages,
+    )  # fmt: skip
+    heads = min(triton.next_power_of_2(H), 32)
+    decay_gradient_kernel[(chunks, triton.cdiv(H, heads))](
+        dt_TH, A_H, q_TH, o_TH, r_TH, through_ZH, offsets_B1, table.chunks_4Z, ddt_TH,
+        dA_dD_2ZH[0], sequences, chunks, T, H, heads, launch.chunk, num_warps=2,
+    )  # fmt: skip
+    dA_H, dD_H = dA_dD_2ZH.sum(1).unbind(0)
+    if groups > 1:
+        dB_TN, dC_TN = dB_GTN.sum(0).to(x_THP.dtype), dC_GTN.sum(0).to(x_THP.dtype)
+    else:
+        dB_TN, dC_TN = dB_GTN[0], dC_GTN[0]
+    return dx_THP, ddt_TH, dA_H.clone(), dB_TN, dC_TN, dD_H.clone()
+
+
+@ssd_backward_op.register_fake
+def _(
+    dy_THP: Tensor, dend_BHPN: Tensor | None, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor,
+    B_TN: Tensor, C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return tuple(
+        torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        for like in (x_THP, dt_TH, A_H, B_TN, C_TN, D_H)
+    )  # type: ignore[return-value]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.final_states = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy_THP, dend_BHPN):  # type: ignore[no-untyped-def]
+    tensors = ctx.saved_tensors
+    if dy_THP is None:
+        dy_THP = torch.zeros_like(tensors[0])
+    if not ctx.final_states:
+        dend_BHPN = None
+    return *ssd_backward_op(dy_THP, dend_BHPN, *tensors), None, None
+
+
+ssd_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def ssd_triton(
+    x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
+    offsets_B1: Tensor, *, final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Outputs y_THP of every packed sequence, and with `final_states` also its last state.
+
+    Args:
+        x_THP: bf16 or fp32, P in {16, 32, 64, 128}; the heads of a token adjacent in memory, any
+            stride between tokens (a slice of a wider tensor is read in place).
+        dt_TH: fp32, positive (softplus already applied).
+        A_H, D_H: fp32, A negative.
+        B_TN, C_TN: dtype of x, N in {16, 32, 64, 128}, one group shared by all heads.
+        offsets_B1: int64, `[0, …]`, sequence b is `[offsets_b, offsets_{b+1})`; unused sequences
+            are empty and last. Tokens from offsets[-1] on are padding: y and all gradients are 0.
+
+    Returns:
+        y_THP in the dtype of x; with `final_states`, `(y_THP, state_BHPN)`, the states in fp32 (0
+        for an empty sequence). Both are differentiable with respect to x, dt, A, B, C, D, once.
+
+    Raises:
+        ValueError: a shape or dtype that the kernels do not have.
+    """
+    _check(x_THP, dt_TH, A_H, B_TN, C_TN, D_H, offsets_B1)
+    y_THP, state_BHPN = ssd_op(x_THP, dt_TH, A_H, B_TN, C_TN, D_H, offsets_B1, final_states)
+    return (y_THP, state_BHPN) if final_states else y_THP
+
+
+def _check(
+    x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
+    offsets_B1: Tensor,
+) -> None:  # fmt: skip
+    T, H, P = x_THP.shape
+    N = B_TN.shape[-1]
+    if P not in SIZES or N not in SIZES:
+        raise ValueError(f"ssd kernels have head dims and state sizes {SIZES}, not P={P}, N={N}")
+    if x_THP.dtype not in DTYPES or {B_TN.dtype, C_TN.dtype} != {x_THP.dtype}:
+        raise ValueError(
+            f"x, B, C must share one dtype of {DTYPES}, not "
+            f"{x_THP.dtype}, {B_TN.dtype}, {C_TN.dtype}"
+        )
+    if {dt_TH.dtype, A_H.dtype, D_H.dtype} != {torch.float32}:
+        raise ValueError(f"dt, A, D must be fp32, not {dt_TH.dtype}, {A_H.dtype}, {D_H.dtype}")
+    if offsets_B1.dtype != torch.int64 or not offsets_B1.is_contiguous():
+        raise ValueError(f"offsets must be contiguous int64, not {offsets_B1.dtype}")
+    shapes = {"dt": dt_TH.shape, "A": A_H.shape, "B": B_TN.shape, "C": C_TN.shape, "D": D_H.shape}
+    wanted = {"dt": (T, H), "A": (H,), "B": (T, N), "C": (T, N), "D": (H,)}
+    for name, shape in shapes.items():
+        if tuple(shape) != wanted[name]:
+            raise ValueError(f"{name} must have shape {wanted[name]}, not {tuple(shape)}")

@@ -1,0 +1,185 @@
+"""All gradients of one chunk, all heads in one program.
+
+Given dy, the state h at the chunk's start and the gradient g of the state at its end, with
+`c_i = Σ_{k≤i} dt_k A`, S = C Bᵀ, `L_ij = [i ≥ j] exp(c_i - c_j)`, `M_ij = dy_i · x_j`,
+`w_j = exp(c_last - c_j)` and one head at a time:
+
+  dx_j = dt_j (Σ_i S_ij L_ij dy_i + w_j B_j g) + D dy_j
+  dB_j = Σ_heads (Σ_i M_ij L_ij dt_j C_i + w_j dt_j x_j gᵀ)      (the sum over i after the heads:
+  dC_i = Σ_heads (Σ_j M_ij L_ij dt_j B_j + exp(c_i) dy_i hᵀ)      C and B are shared)
+
+A decay a_k touches every pair j < k ≤ i, be j or i inside the chunk or not. With the pair's weight
+`W_ij = S_ij L_ij M_ij dt_j`, `r_i = Σ_j W_ij + exp(c_i) C_i h dy_i` (what reaches i), `dt_j q_j =
+Σ_i W_ij` and `o_j = w_j B_j g x_j` (what leaves j for later chunks),
+
+  da_k = Σ_{i≥k} (r_i - dt_i q_i) + Σ_{j<k} dt_j o_j + exp(c_last) <h, g>
+
+Row and column sums come from the same fp32 W, so what should cancel does; the last term restarts
+the sum in every chunk, so no rounding error travels along a long sequence. (The usual shortcut
+`C·dC - B·dB`, summed from the sequence's end, does both.) Then `ddt_k = q_k + o_k + A da_k` and
+`dA = Σ dt_k da_k`: a second, small kernel for all heads at once. dA and dD leave as one partial
+sum a chunk.
+
+Products are laid out [j, i] from the start: the tile that dx and dB multiply from the left is then
+the one that dCᵀ multiplies from the right, and no result of a product is ever transposed, which
+Triton 3.6 miscompiles on Hopper (flash-linear-attention #640).
+
+Shape suffixes: Q tokens of the chunk, N state, P channels of a head, H heads.
+"""
+
+import triton
+import triton.language as tl
+
+from modules.kernels.ssd_table import piece_row
+
+
+@triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
+def gradient_kernel(
+    x_ptr, dt_ptr, c_ptr, B_ptr, C_ptr, D_ptr, offsets_ptr, table_ptr, state_ptr, dstate_ptr,
+    dend_ptr, dy_ptr, dx_ptr, q_ptr, o_ptr, r_ptr, through_ptr, dB_ptr, dC_ptr, dD_ptr, sequences,
+    chunks, tokens,
+    x_stride: tl.constexpr, B_stride: tl.constexpr, C_stride: tl.constexpr,
+    dy_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one chunk, heads `[program_id(1) · HEADS, … + HEADS)`, one dB, dC partial."""
+    piece = tl.program_id(0)
+    sequence, index, count, slot = piece_row(table_ptr, piece, chunks)
+    first_head = tl.program_id(1) * HEADS
+    last_head = tl.minimum(first_head + HEADS, H)
+    if sequence < 0 or sequence == sequences:
+        for head in range(first_head, last_head):
+            tl.store(dD_ptr + piece * H + head, 0.0)
+    if sequence < 0:
+        return
+    start = tl.load(offsets_ptr + sequence) + index * CHUNK
+    end = tokens.to(tl.int64)
+    if sequence < sequences:
+        end = tl.load(offsets_ptr + sequence + 1)
+    t_Q = tl.arange(0, CHUNK)
+    n_N = tl.arange(0, N)
+    p_P = tl.arange(0, P)
+    here_Q = t_Q < end - start
+    token_row_QN = (tl.program_id(1) * tokens + start) * N + t_Q[:, None] * N + n_N[None, :]
+    dx_QP_offset = t_Q[:, None] * (H * P) + p_P[None, :]
+    if sequence == sequences:
+        for head in range(first_head, last_head):
+            zero_QP = tl.zeros([CHUNK, P], dx_ptr.dtype.element_ty)
+            dx_base = dx_ptr + start * (H * P) + head * P
+            tl.store(dx_base + dx_QP_offset, zero_QP, mask=here_Q[:, None])
+        zero_QN = tl.zeros([CHUNK, N], dB_ptr.dtype.element_ty)
+        tl.store(dB_ptr + token_row_QN, zero_QN, mask=here_Q[:, None])
+        tl.store(dC_ptr + token_row_QN, zero_QN, mask=here_Q[:, None])
+        return
+
+    B_QN_ptr = B_ptr + start * B_stride + t_Q[:, None] * B_stride + n_N[None, :]
+    C_QN_ptr = C_ptr + start * C_stride + t_Q[:, None] * C_stride + n_N[None, :]
+    B_QN = tl.load(B_QN_ptr, mask=here_Q[:, None], other=0.0)
+    C_QN = tl.load(C_QN_ptr, mask=here_Q[:, None], other=0.0)
+    C_NQ = tl.trans(C_QN)
+    S_JI = tl.dot(B_QN, C_NQ, input_precision=PRECISION)
+    S_JI = tl.where(t_Q[:, None] <= t_Q[None, :], S_JI, 0.0).to(B_QN.dtype)
+    mixed_JI = tl.zeros([CHUNK, CHUNK], tl.float32)  # Σ_heads M L dt
+    dB_QN = tl.zeros([CHUNK, N], tl.float32)
+    dC_NQ = tl.zeros([N, CHUNK], tl.float32)
+
+    last_row = start + tl.minimum(end - start, CHUNK) - 1
+    x_QP_offset = t_Q[:, None] * x_stride + p_P[None, :]
+    dy_QP_offset = t_Q[:, None] * dy_stride + p_P[None, :]
+    state_NP_offset = n_N[:, None] * P + p_P[None, :]
+    state_base = state_ptr + (slot - 1).to(tl.int64) * (H * N * P)
+    dstate_base = dstate_ptr + slot.to(tl.int64) * (H * N * P)
+    for head in range(first_head, last_head):
+        token_head = start * H + head
+        x_base = x_ptr + start * x_stride + head * P
+        x_QP = tl.load(x_base + x_QP_offset, mask=here_Q[:, None], other=0.0)
+        dy_base = dy_ptr + start * dy_stride + head * P
+        dy_QP = tl.load(dy_base + dy_QP_offset, mask=here_Q[:, None], other=0.0)
+        h_ptrs = state_base + head * (N * P) + state_NP_offset
+        h_NP = tl.load(h_ptrs, mask=index > 0, other=0.0)
+        g_ptrs = dstate_base + head * (N * P) + state_NP_offset
+        g_NP = tl.load(g_ptrs, mask=index < count - 1, other=0.0)
+        if HAS_END:
+            dend_ptrs = (
+                dend_ptr
+                + (sequence.to(tl.int64) * H + head) * (N * P)
+                + (p_P[None, :] * N + n_N[:, None])
+            )
+            g_NP += tl.load(dend_ptrs, mask=index == count - 1, other=0.0).to(g_NP.dtype)
+        dt_Q = tl.load(dt_ptr + token_head + t_Q * H, mask=here_Q, other=0.0)
+        c_Q = tl.load(c_ptr + token_head + t_Q * H, mask=here_Q, other=0.0)
+        last = tl.load(c_ptr + last_row * H + head)
+        D = tl.load(D_ptr + head)
+        through = tl.exp2(last) * tl.sum(h_NP.to(tl.float32) * g_NP.to(tl.float32))
+        tl.store(through_ptr + piece * H + head, through)
+        tl.store(dD_ptr + piece * H + head, tl.sum(x_QP.to(tl.float32) * dy_QP.to(tl.float32)))
+
+        L_JI = tl.exp2(tl.minimum(c_Q[None, :] - c_Q[:, None], 0.0))
+        M_JI = tl.dot(x_QP, tl.trans(dy_QP), input_precision=PRECISION)
+        SL_JI = S_JI * L_JI
+        ML_JI = M_JI * L_JI * dt_Q[:, None]
+        tl.store(q_ptr + token_head + t_Q * H, tl.sum(SL_JI * M_JI, 1), mask=here_Q)
+        r_Q = tl.sum(S_JI * ML_JI, 0)
+        mixed_JI += ML_JI
+
+        leaving_Q = tl.exp2(last - c_Q)
+        dx_QP = tl.dot(B_QN, g_NP, input_precision=PRECISION) * leaving_Q[:, None]
+        tl.store(o_ptr + token_head + t_Q * H, tl.sum(dx_QP * x_QP, 1), mask=here_Q)
+        dx_QP = tl.dot(SL_JI.to(dy_QP.dtype), dy_QP, dx_QP, input_precision=PRECISION)
+        dx_QP = dx_QP * dt_Q[:, None] + D * dy_QP
+        dx_base = dx_ptr + start * (H * P) + head * P
+        tl.store(dx_base + dx_QP_offset, dx_QP.to(dx_ptr.dtype.element_ty), mask=here_Q[:, None])
+        weighted_QP = (x_QP * (leaving_Q * dt_Q)[:, None]).to(x_QP.dtype)
+        dB_QN = tl.dot(weighted_QP, tl.trans(g_NP), dB_QN, input_precision=PRECISION)
+
+        dC_head_NQ = tl.dot(h_NP, tl.trans(dy_QP), input_precision=PRECISION)
+        dC_head_NQ *= tl.exp2(c_Q)[None, :]
+        dC_NQ += dC_head_NQ
+        r_Q += tl.sum(dC_head_NQ * C_NQ, 0)
+        tl.store(r_ptr + token_head + t_Q * H, r_Q, mask=here_Q)
+
+    mixed_JI = tl.where(t_Q[:, None] <= t_Q[None, :], mixed_JI, 0.0).to(B_QN.dtype)
+    dB_QN = tl.dot(mixed_JI, C_QN, dB_QN, input_precision=PRECISION)
+    dC_NQ = tl.dot(tl.trans(B_QN), mixed_JI, dC_NQ, input_precision=PRECISION)
+    tl.store(dB_ptr + token_row_QN, dB_QN.to(dB_ptr.dtype.element_ty), mask=here_Q[:, None])
+    tl.store(
+        dC_ptr + tl.trans(token_row_QN), dC_NQ.to(dC_ptr.dtype.element_ty), mask=here_Q[None, :]
+    )
+
+
+@triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
+def decay_gradient_kernel(
+    dt_ptr, A_ptr, q_ptr, o_ptr, r_ptr, through_ptr, offsets_ptr, table_ptr, ddt_ptr, dA_ptr,
+    sequences, chunks, tokens, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """ddt and a partial dA of one chunk from q, o, r and <h, g> (see the top of the file)."""
+    piece = tl.program_id(0)
+    sequence, index, _, _ = piece_row(table_ptr, piece, chunks)
+    t_Q = tl.arange(0, CHUNK)
+    head_G = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    inside_G = head_G < H
+    if sequence < 0 or sequence == sequences:
+        tl.store(dA_ptr + piece * H + head_G, tl.zeros([HEADS], tl.float32), mask=inside_G)
+    if sequence < 0:
+        return
+    start = tl.load(offsets_ptr + sequence) + index * CHUNK
+    end = tokens.to(tl.int64)
+    if sequence < sequences:
+        end = tl.load(offsets_ptr + sequence + 1)
+    offset_QG = start * H + t_Q[:, None] * H + head_G[None, :]
+    mask_QG = (t_Q < end - start)[:, None] & inside_G[None, :]
+    if sequence == sequences:
+        tl.store(ddt_ptr + offset_QG, tl.zeros([CHUNK, HEADS], tl.float32), mask=mask_QG)
+        return
+    dt_QG = tl.load(dt_ptr + offset_QG, mask=mask_QG, other=0.0)
+    q_QG = tl.load(q_ptr + offset_QG, mask=mask_QG, other=0.0)
+    o_QG = tl.load(o_ptr + offset_QG, mask=mask_QG, other=0.0)
+    r_QG = tl.load(r_ptr + offset_QG, mask=mask_QG, other=0.0)
+    through_G = tl.load(through_ptr + piece * H + head_G, mask=inside_G, other=0.0)
+    A_G = tl.load(A_ptr + head_G, mask=inside_G, other=0.0)
+    balance_QG = r_QG - dt_QG * q_QG
+    left_QG = dt_QG * o_QG
+    da_QG = tl.cumsum(balance_QG, 0, reverse=True) + tl.cumsum(left_QG, 0) - left_QG
+    da_QG += through_G[None, :]
+    tl.store(ddt_ptr + offset_QG, q_QG + o_QG + A_G[None, :] * da_QG, mask=mask_QG)
+    tl.store(dA_ptr + piece * H + head_G, tl.sum(dt_QG * da_QG, 0), mask=inside_G)

@@ -1,0 +1,110 @@
+"""Where the chunks are: sequences of unknown lengths cut on the device, in a grid that the host knows.
+
+A packed batch holds sequences `[offsets_b, offsets_{b+1})`. The SSD kernels work on *chunks* of at
+most `CHUNK` tokens and on *segments* of `CHUNK · k` tokens, both aligned to sequence starts, so no
+chunk holds two sequences and nothing can leak. How many there are depends on the lengths, which
+live on the device only. The host knows a bound: `Σ ⌈L_b / size⌉ ≤ T / size + B`, plus one run of
+pieces over the padding behind the last sequence. Grids have that many programs, and each reads its
+row of the table; rows past the real count say so and their programs leave at once.
+
+A piece that is not the first of its sequence starts from a state that must be stored. There are
+`Σ (⌈L_b / size⌉ - 1) ≤ T / size` of those, whatever B is: `slot` numbers them without holes.
+
+Shape suffixes: B sequences, Z pieces (chunks or segments).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def piece_row(table_ptr, piece, pieces):
+    """Row `piece` of a table: (sequence or -1, index in the sequence, pieces of it, its slot)."""
+    sequence = tl.load(table_ptr + piece)
+    index = tl.load(table_ptr + pieces + piece)
+    count = tl.load(table_ptr + 2 * pieces + piece)
+    slot = tl.load(table_ptr + 3 * pieces + piece)
+    return sequence, index, count, slot
+
+
+@triton.jit(do_not_specialize=["sequences", "tokens"])
+def count_pieces_kernel(
+    offsets_ptr, first_ptr, slot_ptr, sequences, tokens, CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Exclusive prefix sums over sequences of the pieces and of the stored states.
+
+    Program 0 counts chunks, program 1 segments. "Sequence" number `sequences` is the padding
+    `[offsets[-1], tokens)`; entry `sequences + 1` is the total.
+    """
+    size = tl.where(tl.program_id(0) == 0, CHUNK, SEGMENT)
+    row = tl.program_id(0) * (sequences + 2)
+    pieces_before = 0
+    slots_before = 0
+    for base in range(0, sequences + 2, BLOCK):
+        b = base + tl.arange(0, BLOCK)
+        begin = tl.load(offsets_ptr + b, mask=b <= sequences, other=tokens)
+        end = tl.load(offsets_ptr + b + 1, mask=b < sequences, other=tokens)
+        pieces = ((end - begin + size - 1) // size).to(tl.int32)
+        pieces = tl.where(b <= sequences, pieces, 0)
+        slots = tl.maximum(pieces - 1, 0)
+        inside = b < sequences + 2
+        first = pieces_before + tl.cumsum(pieces) - pieces
+        tl.store(first_ptr + row + b, first, mask=inside)
+        tl.store(slot_ptr + row + b, slots_before + tl.cumsum(slots) - slots, mask=inside)
+        pieces_before += tl.sum(pieces)
+        slots_before += tl.sum(slots)
+
+
+@triton.jit(do_not_specialize=["sequences", "steps", "chunks", "segments"])
+def fill_table_kernel(
+    first_ptr, slot_ptr, chunk_table_ptr, segment_table_ptr, sequences, steps, chunks, segments,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each piece finds its sequence by bisection of the prefix sums and writes its table row."""
+    is_segment = tl.program_id(1) == 1
+    pieces = tl.where(is_segment, segments, chunks)
+    row = tl.program_id(1) * (sequences + 2)
+    z = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.int32)  # the largest b in [0, sequences] with first_b <= z
+    high = tl.zeros([BLOCK], tl.int32) + sequences + 1
+    for _ in range(steps):
+        middle = (low + high) // 2
+        right = tl.load(first_ptr + row + middle) <= z
+        wide = high - low > 1
+        low = tl.where(right & wide, middle, low)
+        high = tl.where(right | (high - low <= 1), high, middle)
+    first = tl.load(first_ptr + row + low)
+    count = tl.load(first_ptr + row + low + 1) - first
+    slot = tl.load(slot_ptr + row + low) + z - first
+    total = tl.load(first_ptr + row + sequences + 1)
+    sequence = tl.where(z < total, low, -1)
+    mask = z < pieces
+    if is_segment:
+        table_ptr = segment_table_ptr
+    else:
+        table_ptr = chunk_table_ptr
+    tl.store(table_ptr + z, sequence, mask=mask)
+    tl.store(table_ptr + pieces + z, z - first, mask=mask)
+    tl.store(table_ptr + 2 * pieces + z, count, mask=mask)
+    tl.store(table_ptr + 3 * pieces + z, slot, mask=mask)
+
+
+@triton.jit(do_not_specialize=["sequences", "chunks"])
+def decay_kernel(
+    dt_ptr, A_ptr, offsets_ptr, table_ptr, c_ptr, sequences, chunks, H: tl.constexpr, HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """`c_i = log2(e) Σ_{k≤i} dt_k A` inside the chunk, for HEADS heads: exp2(c_i - c_j) decays."""
+    sequence, index, _, _ = piece_row(table_ptr, tl.program_id(0), chunks)
+    if sequence < 0 or sequence == sequences:
+        return
+    start = tl.load(offsets_ptr + sequence) + index * CHUNK
+    end = tl.load(offsets_ptr + sequence + 1)
+    q_Q = tl.arange(0, CHUNK)
+    head_G = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    offset_QG = q_Q[:, None] * H + head_G[None, :]
+    mask_QG = (q_Q < end - start)[:, None] & (head_G < H)[None, :]
+    A_G = tl.load(A_ptr + head_G, mask=head_G < H, other=0.0) * 1.4426950408889634
+    dt_QG = tl.load(dt_ptr + start * H + offset_QG, mask=mask_QG, other=0.0)
+    tl.store(c_ptr + start * H + offset_QG, tl.cumsum(dt_QG * A_G[None, :], 0), mask=mask_QG)

@@ -1,0 +1,169 @@
+"""Softmax losses over a candidate set, with a bounded number of bytes of logits.
+
+Legend: S read positions of this rank, N positions of all ranks (W S), C candidates of this rank,
+D model width. Candidates are rows of the item table, looked up in the same pass as the histories,
+so one fused optimizer serves inputs and outputs.
+
+Full softmax is candidate-parallel: each rank scores the positions of *all* ranks against its own
+slice of the rows. Two numbers a position cross between ranks, the log of the slice's sum of
+exponentials and the target's logit; every row is looked up, and updated, by one rank alone.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.schema import PADDING_ROW, RESERVED_ROWS
+from modules.collectives import all_gather, all_to_all, world_size
+
+LOGIT_BYTES = 256 * 1024 * 1024
+
+
+class FullSoftmax(nn.Module):
+    """Cross entropy against every item of the catalogue.
+
+    This rank's candidates are table rows `rank * C` to `rank * C + C - 1`; rows below
+    RESERVED_ROWS and the padding behind the table's end are no items.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(
+        self,
+        h_SD: Tensor,
+        targets_S: Tensor,
+        c_CD: Tensor,
+        candidates_C: Tensor,
+        log_counts_C: Tensor | None,
+    ) -> Tensor:
+        """The sum of the losses of this rank's targets, fp32 scalar."""
+        h_ND = all_gather(h_SD)
+        targets_N = all_gather(targets_S)
+        bias_C = torch.zeros_like(candidates_C, dtype=torch.float32)
+        bias_C = bias_C.masked_fill(candidates_C < RESERVED_ROWS, -torch.inf)
+        lse_N = candidate_logsumexp(h_ND, c_CD, bias_C)
+
+        place_N = targets_N - self.rank * candidates_C.numel()
+        here_N = (place_N >= 0) & (place_N < candidates_C.numel())
+        row_ND = c_CD[place_N.where(here_N, 0)]
+        target_N = (h_ND.float() * row_ND.float()).sum(-1).where(here_N, 0.0)
+
+        lse_S = torch.logsumexp(all_to_all(lse_N).view(world_size(), -1), dim=0)
+        target_S = all_to_all(target_N).view(world_size(), -1).sum(0)
+        return (lse_S - target_S).where(targets_S != PADDING_ROW, 0.0).sum()
+
+
+class SampledSoftmax(nn.Module):
+    """Cross entropy against `negatives` shared draws, corrected by their expected counts (logQ).
+
+    The batch's candidates are [negatives; the S targets]. For position t the rivals are the draws
+    c with score s(c) - log count(c), and with `in_batch` the other positions' targets as well; a
+    rival that equals y_t is an accidental hit and is left out (Yi et al., RecSys 2019; Bengio and
+    Senecal 2008). `logq=False` leaves the correction out.
+    """
+
+    def __init__(self, negatives: int, in_batch: bool, logq: bool) -> None:
+        super().__init__()
+        self.negatives, self.in_batch, self.logq = negatives, in_batch, logq
+
+    def forward(
+        self,
+        h_SD: Tensor,
+        targets_S: Tensor,
+        c_CD: Tensor,
+        candidates_C: Tensor,
+        log_counts_C: Tensor | None,
+    ) -> Tensor:
+        """The sum of the losses of this rank's targets, fp32 scalar."""
+        if log_counts_C is None:
+            raise ValueError("sampled softmax needs the candidates' log counts")
+        target_S = (h_SD.float() * c_CD[self.negatives :].float()).sum(-1)
+        if not self.in_batch:
+            c_CD = c_CD[: self.negatives]
+            candidates_C, log_counts_C = (
+                candidates_C[: self.negatives],
+                log_counts_C[: self.negatives],
+            )
+        bias_C = -log_counts_C if self.logq else torch.zeros_like(log_counts_C)
+        bias_C = bias_C.masked_fill(candidates_C < RESERVED_ROWS, -torch.inf)
+        lse_S = candidate_logsumexp(h_SD, c_CD, bias_C, candidates_C, targets_S)
+        return F.softplus(lse_S - target_S).where(targets_S != PADDING_ROW, 0.0).sum()
+
+
+def candidate_logsumexp(
+    h_ND: Tensor,
+    c_CD: Tensor,
+    bias_C: Tensor,
+    candidates_C: Tensor | None = None,
+    targets_N: Tensor | None = None,
+    logit_bytes: int = LOGIT_BYTES,
+) -> Tensor:
+    """log sum_c exp(h . c + bias_c), fp32 [N], never holding more than `logit_bytes` of logits.
+
+    With `candidates_C` and `targets_N` a candidate that is the position's own target is left out.
+    Products are taken in the autocast dtype. Where all logits fit they are kept for the backward
+    pass, otherwise each chunk of positions is computed again there.
+    """
+    if torch.is_autocast_enabled(h_ND.device.type):
+        kind = torch.get_autocast_dtype(h_ND.device.type)
+        h_ND, c_CD = h_ND.to(kind), c_CD.to(kind)
+    chunk = max(1, logit_bytes // (4 * max(1, c_CD.shape[0])))
+    return _CandidateLogSumExp.apply(h_ND, c_CD, bias_C, candidates_C, targets_N, chunk)
+
+
+class _CandidateLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, h_ND, c_CD, bias_C, candidates_C, targets_N, chunk: int
+    ) -> Tensor:
+        lse_N = h_ND.new_empty(h_ND.shape[0], dtype=_accumulator(h_ND))
+        logits = None
+        for rows in _chunks(h_ND.shape[0], chunk):
+            logits = _logits(h_ND[rows], c_CD, bias_C, candidates_C, targets_N, rows)
+            lse_N[rows] = torch.logsumexp(logits, dim=-1)
+        kept = logits if h_ND.shape[0] <= chunk else None
+        ctx.save_for_backward(h_ND, c_CD, bias_C, candidates_C, targets_N, lse_N, kept)
+        ctx.chunk = chunk
+        return lse_N
+
+    @staticmethod
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
+        h_ND, c_CD, bias_C, candidates_C, targets_N, lse_N, kept = ctx.saved_tensors
+        dh_ND = torch.empty_like(h_ND)
+        dc_CD = torch.zeros_like(c_CD, dtype=lse_N.dtype)
+        lse_N = lse_N.nan_to_num(neginf=0.0)  # no rivals at all: every weight is exp(-inf) = 0
+        for rows in _chunks(h_ND.shape[0], ctx.chunk):
+            logits = kept
+            if logits is None:
+                logits = _logits(h_ND[rows], c_CD, bias_C, candidates_C, targets_N, rows)
+            weights = (logits - lse_N[rows, None]).exp_().mul_(gradient_N[rows, None])
+            weights = weights.to(h_ND.dtype)
+            dh_ND[rows] = weights @ c_CD
+            dc_CD.add_((weights.T @ h_ND[rows]).to(dc_CD.dtype))
+        return dh_ND, dc_CD.to(c_CD.dtype), None, None, None, None
+
+
+def _chunks(total: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
+
+
+def _accumulator(h_ND: Tensor) -> torch.dtype:
+    return torch.promote_types(h_ND.dtype, torch.float32)
+
+
+def _logits(
+    h_RD: Tensor,
+    c_CD: Tensor,
+    bias_C: Tensor,
+    candidates_C: Tensor | None,
+    targets_N: Tensor | None,
+    rows: slice,
+) -> Tensor:
+    logits_RC = (h_RD @ c_CD.T).to(_accumulator(h_RD)).add_(bias_C)
+    if candidates_C is not None and targets_N is not None:
+        logits_RC.masked_fill_(candidates_C == targets_N[rows, None], -torch.inf)
+    return logits_RC

@@ -1,0 +1,172 @@
+"""State space duality over packed histories: the reference in PyTorch and the choice of kernels.
+
+Legend: T packed tokens, B sequences, H heads of P channels, N state size, Q chunk length,
+K = T / Q chunks. Sequence b is tokens offsets[b] to offsets[b+1]; tokens behind the last offset
+are padding, where the output is 0.
+
+    y_i = sum over j <= i of the same sequence of (C_i . B_j) exp(sum_{k=j+1..i} dt_k A) dt_j x_j
+          + D x_i
+
+which is the recurrence h_i = exp(dt_i A) h_{i-1} + dt_i x_i B_i^T, y_i = h_i C_i + D x_i, started
+anew with every sequence (Dao and Gu, "Transformers are SSMs", arXiv 2405.21060, section 6).
+"""
+
+import functools
+import importlib
+import importlib.machinery
+import sys
+import types
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.errors import InputError
+
+
+def sequence_of_tokens(offsets_B1: Tensor, tokens: int) -> Tensor:
+    """The sequence that each of `tokens` tokens belongs to, int64 [T]; B for padding."""
+    position_T = torch.arange(tokens, device=offsets_B1.device, dtype=offsets_B1.dtype)
+    return torch.bucketize(position_T, offsets_B1[1:].contiguous(), right=True)
+
+
+def ssd_reference(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TN: Tensor,
+    C_TN: Tensor,
+    D_H: Tensor,
+    offsets_B1: Tensor,
+    chunk: int = 128,
+) -> Tensor:
+    """The formula above in chunks, y [T, H, P]; any length, any device, TorchScript.
+
+    Inside a chunk the sum is a masked matrix product; between chunks one state [H, P, N] is
+    carried, and dropped where a sequence ends. `dt` is positive already, `A` negative. Computes
+    in fp32, or in fp64 when `x` is.
+    """
+    tokens, heads, channels = x_THP.shape
+    kind = x_THP.dtype
+    if kind != torch.float64:
+        kind = torch.float32
+    segment_T = sequence_of_tokens(offsets_B1, tokens)
+    padding_T = segment_T == offsets_B1.shape[0] - 1
+
+    fill = (chunk - tokens % chunk) % chunk
+    x_KQHP = F.pad(x_THP.to(kind), (0, 0, 0, 0, 0, fill)).view(-1, chunk, heads, channels)
+    dt_KQH = F.pad(dt_TH.to(kind), (0, 0, 0, fill)).view(-1, chunk, heads)
+    B_KQN = F.pad(B_TN.to(kind), (0, 0, 0, fill)).view(-1, chunk, B_TN.shape[1])
+    C_KQN = F.pad(C_TN.to(kind), (0, 0, 0, fill)).view(-1, chunk, C_TN.shape[1])
+    segment_KQ = F.pad(segment_T, (0, fill), value=float(offsets_B1.shape[0])).view(-1, chunk)
+
+    log_decay_KQH = torch.cumsum(dt_KQH * A_H.to(kind), dim=1)
+    xdt_KQHP = x_KQHP * dt_KQH.unsqueeze(-1)
+
+    # Within a chunk: (C B^T) elementwise decay, only pairs j <= i of one sequence.
+    i = torch.arange(chunk, device=x_THP.device)
+    pair_KQQ = (segment_KQ.unsqueeze(2) == segment_KQ.unsqueeze(1)) & (i.unsqueeze(1) >= i)
+    log_decay_KHQ = log_decay_KQH.transpose(1, 2)
+    between_KHQQ = log_decay_KHQ.unsqueeze(3) - log_decay_KHQ.unsqueeze(2)
+    between_KHQQ = between_KHQQ.masked_fill(~pair_KQQ.unsqueeze(1), -float("inf"))
+    weight_KHQQ = (C_KQN @ B_KQN.transpose(1, 2)).unsqueeze(1) * torch.exp(between_KHQQ)
+    y_KHQP = weight_KHQQ @ xdt_KQHP.transpose(1, 2)
+
+    # Between chunks: what each chunk adds to the state, and how much of the old one it keeps.
+    last_K1 = segment_KQ[:, -1:]
+    to_end_KQH = torch.exp(log_decay_KQH[:, -1:] - log_decay_KQH)
+    to_end_KQH = to_end_KQH * (segment_KQ == last_K1).unsqueeze(-1).to(kind)
+    added_KHPN = torch.einsum("kqhp,kqn->khpn", xdt_KQHP * to_end_KQH.unsqueeze(-1), B_KQN)
+    before_K1 = F.pad(last_K1[:-1], (0, 0, 1, 0), value=-1.0)
+    kept_KH = torch.exp(log_decay_KQH[:, -1]) * (last_K1 == before_K1).to(kind)
+    state_HPN = torch.zeros_like(added_KHPN[0])
+    entering: list[Tensor] = []
+    for k in range(added_KHPN.shape[0]):
+        entering.append(state_HPN)
+        state_HPN = torch.addcmul(added_KHPN[k], kept_KH[k].view(-1, 1, 1), state_HPN)
+    entering_KHPN = torch.stack(entering)
+
+    from_start_KQH = torch.exp(log_decay_KQH) * (segment_KQ == before_K1).unsqueeze(-1).to(kind)
+    carried_KHQP = C_KQN.unsqueeze(1) @ entering_KHPN.transpose(2, 3)
+    y_KHQP = y_KHQP + carried_KHQP * from_start_KQH.transpose(1, 2).unsqueeze(-1)
+
+    y_THP = y_KHQP.transpose(1, 2).reshape(-1, heads, channels)[:tokens]
+    y_THP = y_THP + D_H.to(kind).view(-1, 1) * x_THP.to(kind)
+    return y_THP.masked_fill(padding_T.view(-1, 1, 1), 0.0).to(x_THP.dtype)
+
+
+def causal_conv_reference(
+    x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor
+) -> Tensor:
+    """Depthwise causal convolution and SiLU that never crosses a sequence start, [T, E].
+
+    y_t = SiLU(bias + sum_{k<K, k <= position_t} weight[K-1-k] x_{t-k}), where `position_T` is the
+    token's place in its own sequence.
+    """
+    width = weight_EK.shape[1]
+    tokens = x_TE.shape[0]
+    y_TE = torch.addcmul(bias_E, weight_EK[:, width - 1], x_TE)
+    padded = F.pad(x_TE, (0, 0, width - 1, 0))
+    for k in range(1, width):
+        inside_T1 = (position_T >= k).unsqueeze(1).to(x_TE.dtype)
+        start = width - 1 - k
+        y_TE = y_TE + padded[start : start + tokens] * inside_T1 * weight_EK[:, start]
+    return F.silu(y_TE).to(x_TE.dtype)
+
+
+def ssd(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TN: Tensor,
+    C_TN: Tensor,
+    D_H: Tensor,
+    offsets_B1: Tensor,
+) -> Tensor:
+    """`ssd_reference` on CPU; on CUDA the same sum by mamba-ssm's Triton kernels."""
+    if not x_THP.is_cuda:
+        return ssd_reference(x_THP, dt_TH, A_H, B_TN, C_TN, D_H, offsets_B1)
+    sequence_T = sequence_of_tokens(offsets_B1, x_THP.shape[0])
+    y_THP = _mamba_scan()(
+        x_THP.unsqueeze(0),
+        dt_TH.unsqueeze(0),
+        A_H,
+        B_TN.unsqueeze(1).unsqueeze(0),
+        C_TN.unsqueeze(1).unsqueeze(0),
+        chunk_size=MAMBA_CHUNK,
+        D=D_H,
+        seq_idx=sequence_T.int().unsqueeze(0),
+    ).squeeze(0)
+    padding_T = sequence_T == offsets_B1.shape[0] - 1
+    return y_THP.masked_fill(padding_T.view(-1, 1, 1), 0.0)
+
+
+def causal_conv(
+    x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, offsets_B1: Tensor, position_T: Tensor
+) -> Tensor:
+    """`causal_conv_reference`, the one form there is."""
+    return causal_conv_reference(x_TE, weight_EK, bias_E, position_T)
+
+
+MAMBA_CHUNK = 256
+
+
+@functools.cache
+def _mamba_scan() -> Callable[..., Tensor]:
+    """mamba-ssm's `mamba_chunk_scan_combined`, without running the package's `__init__`.
+
+    That imports selective_scan_cuda, transformers and huggingface_hub, none of which the Triton
+    kernels need. An empty package registered under its name, whose path is the installed folder,
+    lets the submodules import as they are.
+    """
+    if "mamba_ssm" not in sys.modules:
+        spec = importlib.machinery.PathFinder.find_spec("mamba_ssm")
+        if spec is None or spec.submodule_search_locations is None:
+            raise InputError("mamba-ssm is not installed; `make install-cuda` installs it")
+        package = types.ModuleType("mamba_ssm")
+        package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__ = spec
+        sys.modules["mamba_ssm"] = package
+    module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    return module.mamba_chunk_scan_combined

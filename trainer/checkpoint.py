@@ -1,0 +1,179 @@
+"""Checkpoints: torch.distributed.checkpoint for tensors, JSON for the run's state.
+
+    checkpoints/step-00001200/   .metadata, *.distcp: model and optimizer, a shard a rank
+                                 state.json: position, epoch, early stopping, metrics
+                                 config.yaml: the run's resolved config
+                                 probe.pt: what the model answers for some users (the export's gate)
+
+A folder is written under a temporary name and renamed by rank 0 once every rank has finished, so
+a folder with the final name is whole.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from data.errors import InputError
+from data.schema import write_atomically
+from trainer.distributed import World
+from trainer.sharding import Sharded
+
+FOLDER = "checkpoints"
+STATE = "state.json"
+PROBE = "probe.pt"
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything besides tensors that a resumed run needs; equal on every rank.
+
+    position: packs consumed (`data.packing.PackOrder`), the one integer that places the data.
+    epoch, epoch_start: the epoch at hand and the position of its first pack, to seek quickly.
+    """
+
+    step: int = 0
+    position: int = 0
+    epoch: int = 0
+    epoch_start: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    finished: bool = False
+
+    def with_(self, **changes: Any) -> "RunState":
+        return replace(self, **changes)
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / FOLDER / f"step-{step:08d}"
+
+
+def save(
+    run_dir: Path,
+    sharded: Sharded,
+    state: RunState,
+    world: World,
+    config_text: str,
+    probe: dict[str, Any],
+) -> Path:
+    """Write a checkpoint of this step and return its folder. Collective.
+
+    config_text, probe: rank 0's content of CONFIG and of PROBE (tensors only).
+    """
+    final = checkpoint_path(run_dir, state.step)
+    temporary = final.with_name(final.name + ".tmp")
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(_tensors(sharded), checkpoint_id=str(temporary))
+    if world.is_main:
+        torch.save(probe, temporary / PROBE)
+        write_atomically(temporary / CONFIG, config_text.encode())
+        text = json.dumps(asdict(state), indent=1)
+        write_atomically(temporary / STATE, text.encode())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync_folder(final.parent)
+    dist.barrier()
+    return final
+
+
+def load(folder: Path, sharded: Sharded) -> RunState:
+    """Load weights and optimizer state in place, at any number of ranks and sharding. Collective.
+
+    Raises InputError for a folder that is no checkpoint of this model.
+    """
+    state = read_state(folder)
+    # AdamW makes its state at the first step, and what is absent DCP skips without a word. The
+    # step that makes it moves the parameters, which the load overwrites.
+    for name, optimizer in sharded.optimizer.optimizers:
+        if name != "table":
+            optimizer.init_state()
+    target = _tensors(sharded)
+    _load(target, folder)
+    sharded.model.load_state_dict(target["model"])
+    sharded.optimizer.load_state_dict(target["optimizer"])
+    return state
+
+
+def load_weights(folder: Path, sharded: Sharded) -> None:
+    """Load the weights alone, for a run that starts from another's. Collective."""
+    target = {"model": sharded.model.state_dict()}
+    _load(target, folder)
+    sharded.model.load_state_dict(target["model"])
+
+
+def _load(target: dict[str, Any], folder: Path) -> None:
+    try:
+        dcp.load(target, checkpoint_id=str(folder))
+    except dcp.api.CheckpointException as error:
+        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        raise InputError(
+            f"checkpoint {folder} does not fit this config's model ({reason}); "
+            "use the config.yaml of its run"
+        ) from error
+
+
+def _tensors(sharded: Sharded) -> dict[str, Any]:
+    return {"model": sharded.model.state_dict(), "optimizer": sharded.optimizer.state_dict()}
+
+
+def read_state(folder: Path) -> RunState:
+    """The state in a checkpoint folder. Raises InputError for a folder that is none."""
+    path = folder / STATE
+    if not path.exists() or not (folder / ".metadata").exists():
+        raise InputError(f"{folder} is no finished checkpoint: it has no {STATE} or no .metadata")
+    try:
+        return RunState(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    folders = sorted((run_dir / FOLDER).glob("step-????????"))
+    return [one for one in folders if (one / STATE).exists()]
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a run or checkpoint folder names: a run's best one.
+
+    Raises InputError for a folder that is neither.
+    """
+    if (path / STATE).exists():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise InputError(f"{path} is no checkpoint and no run with a finished one")
+    best = checkpoint_path(path, read_state(checkpoints[-1]).best_step)
+    return best if best in checkpoints else checkpoints[-1]
+
+
+def prune(run_dir: Path, state: RunState, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best. For rank 0 alone."""
+    checkpoints = list_checkpoints(run_dir)
+    best = checkpoint_path(run_dir, state.best_step)
+    for one in checkpoints[: -keep or None]:
+        if one != best:
+            (one / STATE).unlink()  # from here on it is not a checkpoint, however far rmtree gets
+            shutil.rmtree(one)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,225 @@
+"""The run's config as dataclasses, built and cross-checked once, at the start.
+
+Every check raises InputError with the key, its value, the limit and the fix. Modules below the
+trainer take plain values and never see these classes.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from data.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    kind: Literal["causal", "bidirectional"]
+    width: int
+    layers: int
+    state: int
+    head: int
+    expand: int
+    conv: int
+    dropout: float
+    norm_embedding: bool
+    beta: float
+    restore_order: bool
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    kind: Literal["full", "sampled"]
+    negatives: int
+    distribution: Literal["uniform", "popularity"]
+    in_batch: bool
+    logq: bool
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    sharding: Literal["auto", "row_wise", "table_wise", "column_wise"]
+    dtype: Literal["fp32", "fp16"]
+    optimizer: str
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str
+    samples: Literal["histories", "prefixes"]
+    batch_tokens: int
+    max_sequences: int | None
+    mask_ratio: float
+    long_history: Literal["refuse", "windows", "truncate"]
+    overlap_tokens: int
+    window_tokens: int
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16"]
+    max_epochs: int
+    learning_rate: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    clip_norm: float
+    schedule: Literal["constant", "cosine"]
+    warmup_steps: int
+    evaluate_every_epochs: int
+    monitor: str
+    patience: int
+    targets: Literal["all", "first"]
+    checkpoint_every_steps: int
+    keep_checkpoints: int
+    log_every_steps: int
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    loss: LossConfig
+    embedding: TableConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    run_dir: str
+    seed: int
+    init_from: str | None
+    dry_run: bool
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> "Config":
+        """Build and check the config that Hydra composed.
+
+        Raises InputError for a wrong type, a value outside its range, or values that exclude
+        each other.
+        """
+        config = _build(cls, plain, "")
+        _check_values(config)
+        _check_combinations(config)
+        return config
+
+
+T = TypeVar("T")
+
+
+def _build(kind: type[T], plain: dict[str, Any], prefix: str) -> T:
+    hints = get_type_hints(kind)
+    names = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(plain) - names)
+    if unknown:
+        raise InputError(
+            f"{prefix}{unknown[0]} is no key of the config; {prefix}* has {_list(names)}"
+        )
+    return kind(**{name: _value(hints[name], plain[name], prefix + name) for name in names})
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        return _build(hint, value, key + ".")
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise InputError(f"{key}={value} is unknown; it is one of {_list(get_args(hint))}")
+    if float in kinds:  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif type(value) in kinds:
+        return value
+    names = " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
+    raise InputError(f"{key}={value!r} is not of type {names}")
+
+
+def _check_values(config: Config) -> None:
+    model, table, data, train = config.model, config.embedding, config.data, config.trainer
+    for key, number, least in [
+        ("model.width", model.width, 4),
+        ("model.layers", model.layers, 1),
+        ("model.state", model.state, 1),
+        ("model.head", model.head, 1),
+        ("model.expand", model.expand, 1),
+        ("model.conv", model.conv, 1),
+        ("data.batch_tokens", data.batch_tokens, 2),
+        ("data.max_sequences", data.max_sequences or 1, 1),
+        ("data.overlap_tokens", data.overlap_tokens, 0),
+        ("data.window_tokens", data.window_tokens, 1),
+        ("trainer.max_epochs", train.max_epochs, 1),
+        ("trainer.warmup_steps", train.warmup_steps, 0),
+        ("trainer.evaluate_every_epochs", train.evaluate_every_epochs, 1),
+        ("trainer.patience", train.patience, 0),
+        ("trainer.checkpoint_every_steps", train.checkpoint_every_steps, 0),
+        ("trainer.keep_checkpoints", train.keep_checkpoints, 1),
+        ("trainer.log_every_steps", train.log_every_steps, 1),
+        ("trainer.clip_norm", train.clip_norm, 0.0),
+        ("trainer.weight_decay", train.weight_decay, 0.0),
+    ]:
+        if number < least:
+            raise InputError(f"{key}={number} is below its least value {least}")
+    for key, share in [("model.dropout", model.dropout), ("data.mask_ratio", data.mask_ratio)]:
+        if not 0.0 <= share < 1.0:
+            raise InputError(f"{key}={share} is outside [0, 1)")
+    for key, rate in [
+        ("trainer.learning_rate", train.learning_rate),
+        ("embedding.learning_rate", table.learning_rate),
+    ]:
+        if rate <= 0:
+            raise InputError(f"{key}={rate} must be above 0")
+    if not 0 <= config.seed < 2**31:
+        raise InputError(f"seed={config.seed} is outside [0, 2^31)")
+
+
+def _check_combinations(config: Config) -> None:
+    model, loss, table, data = config.model, config.loss, config.embedding, config.data
+    inner = model.expand * model.width
+    if inner % model.head:
+        raise InputError(
+            f"model.head={model.head} does not divide the inner width expand * width = {inner}"
+        )
+    if model.width % 4:
+        raise InputError(f"model.width={model.width} is no multiple of 4, which FBGEMM's rows need")
+    if model.kind == "bidirectional" and data.samples == "histories":
+        raise InputError(
+            "model.kind=bidirectional sees the items that data.samples=histories would have it "
+            "predict; train it with data=prefixes"
+        )
+    if data.long_history == "windows" and data.samples == "prefixes":
+        raise InputError("data.long_history=windows is for data.samples=histories; use truncate")
+    if data.overlap_tokens >= data.batch_tokens:
+        raise InputError(
+            f"data.overlap_tokens={data.overlap_tokens} must be below "
+            f"data.batch_tokens={data.batch_tokens}"
+        )
+    if loss.kind == "sampled" and loss.negatives < 1:
+        raise InputError(f"loss.negatives={loss.negatives} with loss.kind=sampled; draw at least 1")
+    if table.dtype == "fp16" and table.optimizer == "adam":
+        raise InputError(
+            "embedding.optimizer=adam with embedding.dtype=fp16 is broken in FBGEMM; "
+            "use partial_rowwise_adam or rowwise_adagrad"
+        )
+    parts = config.trainer.monitor.split(".")
+    if len(parts) != 3 or parts[0] != "validation" or parts[1] not in ("filtered", "unfiltered"):
+        raise InputError(
+            f"trainer.monitor={config.trainer.monitor} is no validation figure; "
+            "it reads validation.(filtered|unfiltered).(hr|ndcg|mrr)@(10|20)"
+        )
+    figures = [f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (10, 20)]
+    if parts[2] not in figures:
+        raise InputError(f"trainer.monitor ends in {parts[2]}; it is one of {_list(figures)}")
+
+
+def resolve_paths(config: Config) -> tuple[Path, Path]:
+    """(data folder, run folder) as absolute paths, so that a later change of folder is harmless."""
+    return Path(config.data.path).resolve(), Path(config.run_dir).resolve()
+
+
+def _list(names: Collection[str]) -> str:
+    return ", ".join(sorted(names))

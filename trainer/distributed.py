@@ -1,0 +1,98 @@
+"""Process group, device and seeds of this rank, from torchrun's environment."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from data.errors import InputError
+
+TIMEOUT = timedelta(minutes=30)  # loading and a table's initialisation are not alike on all ranks
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all: one process a device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[World]:
+    """Join the process group that torchrun described; one process alone without torchrun.
+
+    device: auto | cpu | cuda. LOCAL_RANK picks the GPU; NCCL serves CUDA, gloo the CPU.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    where = _device(device, local_rank, local_size)
+    if "RANK" not in os.environ:
+        store: dist.Store | None = dist.HashStore()
+    else:
+        store = None  # torchrun's environment names it
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if where.type == "cuda" else backend,
+        rank=rank if store else -1,
+        world_size=size if store else -1,
+        store=store,
+        timeout=TIMEOUT,
+        device_id=where if where.type == "cuda" else None,
+    )
+    try:
+        yield World(rank, size, local_rank, local_size, where)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(device: str, local_rank: int, local_size: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("trainer.device=cuda, but torch sees no GPU; use trainer.device=cpu")
+    if local_size > torch.cuda.device_count():
+        raise InputError(
+            f"--nproc_per_node={local_size}, but this host has {torch.cuda.device_count()} GPUs; "
+            "start one process a GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the step's random numbers (dropout) a function of (seed, step, rank) alone.
+
+    A resumed run thus needs no stored random state to equal the uninterrupted one.
+    """
+    mixed = (seed * 1_000_003 + step) * 1_000_003 + rank
+    torch.manual_seed(mixed % 2**63)
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say of their own code, which neither we nor a user can change."""
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    for module in (r"torchrec\..*", r"torch\.distributed\.checkpoint\..*"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+
+
+def agree(value: float, world: World) -> float:
+    """Rank 0's value on every rank."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=world.device)
+    dist.broadcast(tensor, src=0)
+    return float(tensor)
