@@ -1,6 +1,8 @@
 """Every command's entry: Hydra's command line in, one sentence out when the user can fix it."""
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,5 +75,8 @@ def _check_grammar(arguments: list[str]) -> None:
 
 
 def _stop(sentence: str) -> None:
+    # Where all ranks fail alike torchrun ends the others before they repeat rank 0's sentence.
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(2.0)
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(1)

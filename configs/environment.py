@@ -1,5 +1,6 @@
 """The versions that must agree, checked before the imports that a mismatch would break."""
 
+import logging
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -30,6 +31,8 @@ def check_versions() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    # fbgemm's own check at import knows no release of its last year, and says so on every import.
+    logging.getLogger().addFilter(lambda one: "_fbgemm_torch_compat_table" not in str(one.msg))
 
 
 def require_matching(found: dict[str, str]) -> None:

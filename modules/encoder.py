@@ -3,11 +3,11 @@
 Legend: T packed tokens, B sequences, S read positions, D model width, E = expand * D inner width,
 H heads of P = E / H channels, N state size, K convolution width.
 
-`CausalLayer` reads forward only: every position predicts its next item in one pass, and a user's
-state can be carried forward event by event. `BidirectionalLayer` is the paper's (arXiv 2409.01192):
-it trains on prefixes, one target each. Both are made of one `Mamba2Mixer` and one `FeedForward`,
-know nothing of ids, TorchRec or losses, and script to TorchScript, where the mixer runs the
-PyTorch reference instead of kernels.
+The bidirectional encoder is the paper's (arXiv 2409.01192); it trains on prefixes, one target each.
+The causal one is the same with the forward direction alone: every position predicts its next item
+in one pass, and a user's state can be carried forward event by event. The encoder knows nothing of
+ids, TorchRec or losses, and scripts to TorchScript, where the mixer runs the PyTorch reference
+instead of kernels.
 """
 
 import math
@@ -102,62 +102,45 @@ class FeedForward(nn.Module):
         return self.w2(self.dropout(F.gelu(self.w1(x_TD))))
 
 
-class CausalLayer(nn.Module):
-    """H = LN(x + dropout(SSD(x)));  out = LN(H + dropout(FFN(H)))."""
+class Layer(nn.Module):
+    """The paper's layer, in both directions or forward alone.
 
-    def __init__(self, width: int, state: int, head: int, expand: int, conv: int, dropout: float):
-        super().__init__()
-        self.mixer = Mamba2Mixer(width, state, head, expand, conv)
-        self.feed_forward = FeedForward(width, dropout)
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
+        F = SSD(x);  R = SSD(reverse(x)) if bidirectional, else 0
+        H = dropout(LN(F + beta R + x));  out = dropout(LN(FFN(H) + H))
 
-    def forward(
-        self, x_TD: Tensor, offsets_B1: Tensor, position_T: Tensor, reversed_T: Tensor
-    ) -> Tensor:
-        H_TD = self.norm1(x_TD + self.dropout(self.mixer(x_TD, offsets_B1, position_T)))
-        return self.norm2(H_TD + self.dropout(self.feed_forward(H_TD)))
-
-
-class BidirectionalLayer(nn.Module):
-    """The paper's layer; one mixer serves both directions.
-
-        F = SSD(x), R = SSD(reverse(x));  H = dropout(LN(F + beta R + x))
-        out = dropout(LN(FFN(H) + H))
-
-    `reverse` reverses each sequence in place. As in the published code R is not put back in order
-    before it is added: at a sequence's last position R has read the whole history and ends at its
-    oldest item. `restore_order` puts it back, which leaves R only the last item there.
+    `reverse` reverses each sequence in place, and one mixer serves both directions. As in the
+    published code R is not put back in order before it is added: at a sequence's last position R
+    has read the whole history and ends at its oldest item. `restore_order` puts it back, which
+    leaves R only the last item there.
     """
 
     def __init__(
         self,
+        mixer: Mamba2Mixer,
+        feed_forward: FeedForward,
         width: int,
-        state: int,
-        head: int,
-        expand: int,
-        conv: int,
         dropout: float,
+        bidirectional: bool,
         beta: float,
         restore_order: bool,
     ) -> None:
         super().__init__()
-        self.mixer = Mamba2Mixer(width, state, head, expand, conv)
-        self.feed_forward = FeedForward(width, dropout)
+        self.mixer, self.feed_forward = mixer, feed_forward
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
-        self.beta, self.restore_order = beta, restore_order
+        self.bidirectional, self.beta, self.restore_order = bidirectional, beta, restore_order
 
     def forward(
         self, x_TD: Tensor, offsets_B1: Tensor, position_T: Tensor, reversed_T: Tensor
     ) -> Tensor:
-        F_TD = self.mixer(x_TD, offsets_B1, position_T)
-        R_TD = self.mixer(x_TD[reversed_T], offsets_B1, position_T)
-        if self.restore_order:
-            R_TD = R_TD[reversed_T]
-        H_TD = self.dropout(self.norm1(F_TD + self.beta * R_TD + x_TD))
+        mixed_TD = self.mixer(x_TD, offsets_B1, position_T)
+        if self.bidirectional:
+            R_TD = self.mixer(x_TD[reversed_T], offsets_B1, position_T)
+            if self.restore_order:
+                R_TD = R_TD[reversed_T]
+            mixed_TD = mixed_TD + self.beta * R_TD
+        H_TD = self.dropout(self.norm1(mixed_TD + x_TD))
         return self.dropout(self.norm2(self.feed_forward(H_TD) + H_TD))
 
 
@@ -183,13 +166,18 @@ class Encoder(nn.Module):
         restore_order: bool = False,
     ) -> None:
         super().__init__()
-        sizes = (width, state, head, expand, conv, dropout)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS) if norm_embedding else nn.Identity()
         self.dropout = nn.Dropout(dropout if norm_embedding else 0.0)
         self.layers = nn.ModuleList(
-            CausalLayer(*sizes)
-            if kind == "causal"
-            else BidirectionalLayer(*sizes, beta=beta, restore_order=restore_order)
+            Layer(
+                Mamba2Mixer(width, state, head, expand, conv),
+                FeedForward(width, dropout),
+                width,
+                dropout,
+                kind == "bidirectional",
+                beta,
+                restore_order,
+            )
             for _ in range(layers)
         )
         for module in self.modules():

@@ -50,7 +50,7 @@ class FullSoftmax(nn.Module):
         place_N = targets_N - self.rank * candidates_C.numel()
         here_N = (place_N >= 0) & (place_N < candidates_C.numel())
         row_ND = c_CD[place_N.where(here_N, 0)]
-        target_N = (h_ND.float() * row_ND.float()).sum(-1).where(here_N, 0.0)
+        target_N = _products(h_ND, row_ND).where(here_N, 0.0)
 
         lse_S = torch.logsumexp(all_to_all(lse_N).view(world_size(), -1), dim=0)
         target_S = all_to_all(target_N).view(world_size(), -1).sum(0)
@@ -81,7 +81,7 @@ class SampledSoftmax(nn.Module):
         """The sum of the losses of this rank's targets, fp32 scalar."""
         if log_counts_C is None:
             raise ValueError("sampled softmax needs the candidates' log counts")
-        target_S = (h_SD.float() * c_CD[self.negatives :].float()).sum(-1)
+        target_S = _products(h_SD, c_CD[self.negatives :])
         if not self.in_batch:
             c_CD = c_CD[: self.negatives]
             candidates_C, log_counts_C = (
@@ -149,6 +149,12 @@ class _CandidateLogSumExp(torch.autograd.Function):
 
 def _chunks(total: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
+
+
+def _products(h_ND: Tensor, c_ND: Tensor) -> Tensor:
+    """h . c of each row, in fp32 or better."""
+    kind = _accumulator(h_ND)
+    return (h_ND.to(kind) * c_ND.to(kind)).sum(-1)
 
 
 def _accumulator(h_ND: Tensor) -> torch.dtype:

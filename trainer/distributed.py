@@ -49,7 +49,7 @@ def process_group(device: str) -> Iterator[World]:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if where.type == "cuda" else backend,
+        backend,
         rank=rank if store else -1,
         world_size=size if store else -1,
         store=store,

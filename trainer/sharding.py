@@ -21,7 +21,7 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import DataType
-from torchrec.optim import PartialRowWiseAdam, RowWiseAdagrad
+from torchrec.optim import SGD, Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -87,9 +87,10 @@ def plan_table(
 
     Collective. Raises InputError when no sharding fits, with the bytes needed and there.
     """
-    kinds = ["row_wise", "table_wise", "column_wise"]
+    # Not column-wise unless asked: it changes what a row-wise optimizer does.
+    kinds = ["row_wise", "table_wise"] if config.sharding == "auto" else [config.sharding]
     constraint = ParameterConstraints(
-        sharding_types=kinds if config.sharding == "auto" else [config.sharding],
+        sharding_types=kinds,
         compute_kernels=[EmbeddingComputeKernel.FUSED.value],
         min_partition=_least_columns(module, world.size),
         pooling_factors=[float(batch_tokens), float(candidates)],
@@ -137,6 +138,7 @@ def shard(
     seed: int,
 ) -> Sharded:
     """Shard the table by the plan, wrap the rest in DDP, attach both optimizers, fill the rows."""
+    # TorchRec's classes, since the arguments reach FBGEMM under its own names (beta1, not betas).
     kind, arguments = _fused_optimizer(table_optimizer(table.optimizer, world.device), table)
     apply_optimizer_in_backward(kind, recommender.table.parameters(), arguments)
     model = DistributedModelParallel(
@@ -173,22 +175,23 @@ def local_shards(model: DistributedModelParallel) -> list[tuple[torch.Tensor, in
 def _fused_optimizer(name: str, config: TableConfig) -> tuple[type, dict[str, Any]]:
     adam = {
         "lr": config.learning_rate,
-        "betas": (config.beta1, config.beta2),
+        "beta1": config.beta1,
+        "beta2": config.beta2,
         "eps": config.eps,
         "weight_decay": 0.0,
     }
     plain = {"lr": config.learning_rate, "eps": config.eps}
     match name:
         case "adam":
-            return torch.optim.Adam, adam
+            return Adam, adam
         case "partial_rowwise_adam":
             return PartialRowWiseAdam, adam
         case "rowwise_adagrad":
             return RowWiseAdagrad, plain
         case "adagrad":
-            return torch.optim.Adagrad, plain
+            return Adagrad, plain
         case _:
-            return torch.optim.SGD, {"lr": config.learning_rate}
+            return SGD, {"lr": config.learning_rate}
 
 
 def _adamw(

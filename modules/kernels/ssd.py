@@ -215,7 +215,7 @@ def ssd_backward_op(
     dC_GTN = torch.empty_like(dB_GTN)
     dA_dD_2ZH = dt_TH.new_empty(2, chunks, H)
     through_ZH = dt_TH.new_empty(chunks, H)
-    q_TH, o_TH, r_TH = dt_TH.new_empty(3, T, H)
+    q_TH, o_TH, r_TH, s_TH = dt_TH.new_empty(4, T, H)
     state_SHNP = walk(
         B_TN, x_THP, dt_TH, c_TH, offsets_B1, table, launch, reverse=False, end_BHPN=None
     )
@@ -224,14 +224,14 @@ def ssd_backward_op(
     )
     gradient_kernel[(chunks, groups)](
         x_THP, dt_TH, c_TH, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, dstate_SHNP,
-        dend_BHPN, dy_THP, dx_THP, q_TH, o_TH, r_TH, through_ZH, dB_GTN, dC_GTN, dA_dD_2ZH[1],
+        dend_BHPN, dy_THP, dx_THP, q_TH, o_TH, r_TH, s_TH, through_ZH, dB_GTN, dC_GTN, dA_dD_2ZH[1],
         sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), dy_THP.stride(0), H,
         triton.cdiv(H, groups), N, P, launch.chunk, dend_BHPN is not None, launch.precision,
         num_warps=launch.gradient_warps, num_stages=launch.gradient_stages,
     )  # fmt: skip
     heads = min(triton.next_power_of_2(H), 32)
     decay_gradient_kernel[(chunks, triton.cdiv(H, heads))](
-        dt_TH, A_H, q_TH, o_TH, r_TH, through_ZH, offsets_B1, table.chunks_4Z, ddt_TH,
+        dt_TH, A_H, q_TH, o_TH, r_TH, s_TH, through_ZH, offsets_B1, table.chunks_4Z, ddt_TH,
         dA_dD_2ZH[0], sequences, chunks, T, H, heads, launch.chunk, num_warps=2,
     )  # fmt: skip
     dA_H, dD_H = dA_dD_2ZH.sum(1).unbind(0)

@@ -36,7 +36,7 @@ from modules.kernels.ssd_table import piece_row
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def gradient_kernel(
     x_ptr, dt_ptr, c_ptr, B_ptr, C_ptr, D_ptr, offsets_ptr, table_ptr, state_ptr, dstate_ptr,
-    dend_ptr, dy_ptr, dx_ptr, q_ptr, o_ptr, r_ptr, through_ptr, dB_ptr, dC_ptr, dD_ptr, sequences,
+    dend_ptr, dy_ptr, dx_ptr, q_ptr, o_ptr, r_ptr, s_ptr, through_ptr, dB_ptr, dC_ptr, dD_ptr, sequences,
     chunks, tokens,
     x_stride: tl.constexpr, B_stride: tl.constexpr, C_stride: tl.constexpr,
     dy_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
@@ -76,12 +76,10 @@ def gradient_kernel(
     C_QN_ptr = C_ptr + start * C_stride + t_Q[:, None] * C_stride + n_N[None, :]
     B_QN = tl.load(B_QN_ptr, mask=here_Q[:, None], other=0.0)
     C_QN = tl.load(C_QN_ptr, mask=here_Q[:, None], other=0.0)
-    C_NQ = tl.trans(C_QN)
-    S_JI = tl.dot(B_QN, C_NQ, input_precision=PRECISION)
+    S_JI = tl.dot(B_QN, tl.trans(C_QN), input_precision=PRECISION)
     S_JI = tl.where(t_Q[:, None] <= t_Q[None, :], S_JI, 0.0).to(B_QN.dtype)
     mixed_JI = tl.zeros([CHUNK, CHUNK], tl.float32)  # Σ_heads M L dt
     dB_QN = tl.zeros([CHUNK, N], tl.float32)
-    dC_NQ = tl.zeros([N, CHUNK], tl.float32)
 
     last_row = start + tl.minimum(end - start, CHUNK) - 1
     x_QP_offset = t_Q[:, None] * x_stride + p_P[None, :]
@@ -89,67 +87,75 @@ def gradient_kernel(
     state_NP_offset = n_N[:, None] * P + p_P[None, :]
     state_base = state_ptr + (slot - 1).to(tl.int64) * (H * N * P)
     dstate_base = dstate_ptr + slot.to(tl.int64) * (H * N * P)
-    for head in range(first_head, last_head):
+    for head in tl.range(first_head, last_head, disable_licm=True):
         token_head = start * H + head
         x_base = x_ptr + start * x_stride + head * P
         x_QP = tl.load(x_base + x_QP_offset, mask=here_Q[:, None], other=0.0)
         dy_base = dy_ptr + start * dy_stride + head * P
         dy_QP = tl.load(dy_base + dy_QP_offset, mask=here_Q[:, None], other=0.0)
-        h_ptrs = state_base + head * (N * P) + state_NP_offset
-        h_NP = tl.load(h_ptrs, mask=index > 0, other=0.0)
-        g_ptrs = dstate_base + head * (N * P) + state_NP_offset
-        g_NP = tl.load(g_ptrs, mask=index < count - 1, other=0.0)
+        g_base = dstate_base + head * (N * P)
+        g_NP = tl.load(g_base + state_NP_offset, mask=index < count - 1, other=0.0)
         if HAS_END:
-            dend_ptrs = (
-                dend_ptr
-                + (sequence.to(tl.int64) * H + head) * (N * P)
-                + (p_P[None, :] * N + n_N[:, None])
-            )
+            dend_base = dend_ptr + (sequence.to(tl.int64) * H + head) * (N * P)
+            dend_ptrs = dend_base + (p_P[None, :] * N + n_N[:, None])
             g_NP += tl.load(dend_ptrs, mask=index == count - 1, other=0.0).to(g_NP.dtype)
         dt_Q = tl.load(dt_ptr + token_head + t_Q * H, mask=here_Q, other=0.0)
         c_Q = tl.load(c_ptr + token_head + t_Q * H, mask=here_Q, other=0.0)
         last = tl.load(c_ptr + last_row * H + head)
-        D = tl.load(D_ptr + head)
-        through = tl.exp2(last) * tl.sum(h_NP.to(tl.float32) * g_NP.to(tl.float32))
-        tl.store(through_ptr + piece * H + head, through)
-        tl.store(dD_ptr + piece * H + head, tl.sum(x_QP.to(tl.float32) * dy_QP.to(tl.float32)))
 
         L_JI = tl.exp2(tl.minimum(c_Q[None, :] - c_Q[:, None], 0.0))
         M_JI = tl.dot(x_QP, tl.trans(dy_QP), input_precision=PRECISION)
+        diagonal_JI = tl.where(t_Q[:, None] == t_Q[None, :], M_JI, 0.0)
+        tl.store(dD_ptr + piece * H + head, tl.sum(diagonal_JI))
         SL_JI = S_JI * L_JI
-        ML_JI = M_JI * L_JI * dt_Q[:, None]
         tl.store(q_ptr + token_head + t_Q * H, tl.sum(SL_JI * M_JI, 1), mask=here_Q)
-        r_Q = tl.sum(S_JI * ML_JI, 0)
+        ML_JI = M_JI * L_JI * dt_Q[:, None]
+        tl.store(r_ptr + token_head + t_Q * H, tl.sum(S_JI * ML_JI, 0), mask=here_Q)
         mixed_JI += ML_JI
 
         leaving_Q = tl.exp2(last - c_Q)
         dx_QP = tl.dot(B_QN, g_NP, input_precision=PRECISION) * leaving_Q[:, None]
         tl.store(o_ptr + token_head + t_Q * H, tl.sum(dx_QP * x_QP, 1), mask=here_Q)
         dx_QP = tl.dot(SL_JI.to(dy_QP.dtype), dy_QP, dx_QP, input_precision=PRECISION)
-        dx_QP = dx_QP * dt_Q[:, None] + D * dy_QP
+        dx_QP = dx_QP * dt_Q[:, None] + tl.load(D_ptr + head) * dy_QP
         dx_base = dx_ptr + start * (H * P) + head * P
         tl.store(dx_base + dx_QP_offset, dx_QP.to(dx_ptr.dtype.element_ty), mask=here_Q[:, None])
         weighted_QP = (x_QP * (leaving_Q * dt_Q)[:, None]).to(x_QP.dtype)
         dB_QN = tl.dot(weighted_QP, tl.trans(g_NP), dB_QN, input_precision=PRECISION)
 
-        dC_head_NQ = tl.dot(h_NP, tl.trans(dy_QP), input_precision=PRECISION)
-        dC_head_NQ *= tl.exp2(c_Q)[None, :]
-        dC_NQ += dC_head_NQ
-        r_Q += tl.sum(dC_head_NQ * C_NQ, 0)
-        tl.store(r_ptr + token_head + t_Q * H, r_Q, mask=here_Q)
-
     mixed_JI = tl.where(t_Q[:, None] <= t_Q[None, :], mixed_JI, 0.0).to(B_QN.dtype)
     dB_QN = tl.dot(mixed_JI, C_QN, dB_QN, input_precision=PRECISION)
-    dC_NQ = tl.dot(tl.trans(B_QN), mixed_JI, dC_NQ, input_precision=PRECISION)
     tl.store(dB_ptr + token_row_QN, dB_QN.to(dB_ptr.dtype.element_ty), mask=here_Q[:, None])
-    tl.store(
-        dC_ptr + tl.trans(token_row_QN), dC_NQ.to(dC_ptr.dtype.element_ty), mask=here_Q[None, :]
-    )
+    dC_NQ = tl.dot(tl.trans(B_QN), mixed_JI, input_precision=PRECISION)
+
+    s_base = s_ptr + start * H
+    if index > 0:  # the state that came in
+        C_NQ = tl.trans(C_QN)
+        for head in tl.range(first_head, last_head, disable_licm=True):
+            dy_base = dy_ptr + start * dy_stride + head * P
+            dy_QP = tl.load(dy_base + dy_QP_offset, mask=here_Q[:, None], other=0.0)
+            h_NP = tl.load(state_base + head * (N * P) + state_NP_offset)
+            g_base = dstate_base + head * (N * P)
+            g_NP = tl.load(g_base + state_NP_offset, mask=index < count - 1, other=0.0)
+            if HAS_END:
+                dend_base = dend_ptr + (sequence.to(tl.int64) * H + head) * (N * P)
+                dend_ptrs = dend_base + (p_P[None, :] * N + n_N[:, None])
+                g_NP += tl.load(dend_ptrs, mask=index == count - 1, other=0.0).to(g_NP.dtype)
+            c_Q = tl.load(c_ptr + start * H + head + t_Q * H, mask=here_Q, other=0.0)
+            last = tl.load(c_ptr + last_row * H + head)
+            through = tl.exp2(last) * tl.sum(h_NP.to(tl.float32) * g_NP.to(tl.float32))
+            tl.store(through_ptr + piece * H + head, through)
+            dC_head_NQ = tl.dot(h_NP, tl.trans(dy_QP), input_precision=PRECISION)
+            dC_head_NQ *= tl.exp2(c_Q)[None, :]
+            dC_NQ += dC_head_NQ
+            tl.store(s_base + head + t_Q * H, tl.sum(dC_head_NQ * C_NQ, 0), mask=here_Q)
+    dC_ptrs = dC_ptr + tl.trans(token_row_QN)
+    tl.store(dC_ptrs, dC_NQ.to(dC_ptr.dtype.element_ty), mask=here_Q[None, :])
 
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def decay_gradient_kernel(
-    dt_ptr, A_ptr, q_ptr, o_ptr, r_ptr, through_ptr, offsets_ptr, table_ptr, ddt_ptr, dA_ptr,
+    dt_ptr, A_ptr, q_ptr, o_ptr, r_ptr, s_ptr, through_ptr, offsets_ptr, table_ptr, ddt_ptr, dA_ptr,
     sequences, chunks, tokens, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """ddt and a partial dA of one chunk from q, o, r and <h, g> (see the top of the file)."""
@@ -175,7 +181,10 @@ def decay_gradient_kernel(
     q_QG = tl.load(q_ptr + offset_QG, mask=mask_QG, other=0.0)
     o_QG = tl.load(o_ptr + offset_QG, mask=mask_QG, other=0.0)
     r_QG = tl.load(r_ptr + offset_QG, mask=mask_QG, other=0.0)
-    through_G = tl.load(through_ptr + piece * H + head_G, mask=inside_G, other=0.0)
+    entered = index > 0
+    r_QG += tl.load(s_ptr + offset_QG, mask=mask_QG & entered, other=0.0)
+    through_ptrs = through_ptr + piece * H + head_G
+    through_G = tl.load(through_ptrs, mask=inside_G & entered, other=0.0)
     A_G = tl.load(A_ptr + head_G, mask=inside_G, other=0.0)
     balance_QG = r_QG - dt_QG * q_QG
     left_QG = dt_QG * o_QG

@@ -1,0 +1,96 @@
+"""Losses against plain log-softmax, values and gradients, whole and in chunks."""
+
+import pytest
+import torch
+
+from data.schema import PADDING_ROW, RESERVED_ROWS
+from modules.losses import FullSoftmax, SampledSoftmax, candidate_logsumexp
+
+WIDTH = 8
+
+
+def problem(positions: int = 20, rows: int = 40):
+    torch.manual_seed(0)
+    h = torch.randn(positions, WIDTH, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(rows, WIDTH, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(RESERVED_ROWS, rows, (positions,))
+    targets[3::4] = PADDING_ROW
+    return h, c, targets
+
+
+def assert_same(ours, expected, leaves):
+    torch.testing.assert_close(ours, expected)
+    for got, wanted in zip(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_full_softmax_is_cross_entropy_over_the_items():
+    h, c, targets = problem()
+    ours = FullSoftmax(rank=0)(h, targets, c, torch.arange(40), None)
+    real = targets != PADDING_ROW
+    expected = torch.nn.functional.cross_entropy(
+        h[real] @ c[RESERVED_ROWS:].T, targets[real] - RESERVED_ROWS, reduction="sum"
+    )
+    assert_same(ours, expected, (h, c))
+
+
+def test_full_softmax_ignores_padding_behind_the_table():
+    h, c, targets = problem(rows=37)
+    padded = torch.cat([c, torch.ones(3, WIDTH, dtype=torch.float64)])
+    ids = torch.arange(40).where(torch.arange(40) < 37, PADDING_ROW)
+    ours = FullSoftmax(rank=0)(h, targets, padded, ids, None)
+    torch.testing.assert_close(ours, FullSoftmax(rank=0)(h, targets, c, torch.arange(37), None))
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("logq", [False, True])
+def test_sampled_softmax_is_the_formula(in_batch, logq):
+    h, table, targets = problem()
+    negatives = torch.randint(RESERVED_ROWS, 40, (12,))
+    negatives[0] = targets[0]  # an accidental hit
+    ids = torch.cat([negatives, targets])
+    log_counts = torch.randn(32, dtype=torch.float64)
+    ours = SampledSoftmax(12, in_batch, logq)(h, targets, table[ids], ids, log_counts)
+
+    rivals = ids if in_batch else negatives
+    expected = torch.zeros((), dtype=torch.float64)
+    for t, target in enumerate(targets.tolist()):
+        if target == PADDING_ROW:
+            continue
+        logits = [h[t] @ table[target]]
+        for place, rival in enumerate(rivals.tolist()):
+            if rival != target and rival != PADDING_ROW:
+                score = h[t] @ table[rival]
+                logits.append(score - log_counts[place] if logq else score)
+        expected = expected + torch.logsumexp(torch.stack(logits), 0) - logits[0]
+    assert_same(ours, expected, (h, table))
+
+
+def test_sampled_softmax_without_a_rival_costs_nothing():
+    h, table, _ = problem(positions=2)
+    targets = torch.tensor([9, 9])
+    ids = torch.tensor([9, 9, 9])
+    loss = SampledSoftmax(1, True, True)(h, targets, table[ids], ids, torch.zeros(3))
+    assert loss.item() == 0.0
+    for gradient in torch.autograd.grad(loss, (h, table)):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("logit_bytes", [1, 4 * 40 * 7, 1 << 20])
+def test_chunks_change_nothing(logit_bytes):
+    h, c, targets = problem()
+    ids, bias = torch.arange(40), torch.randn(40, dtype=torch.float64)
+    ours = candidate_logsumexp(h, c, bias, ids, targets, logit_bytes)
+    logits = (h @ c.T + bias).masked_fill(ids == targets[:, None], -torch.inf)
+    weights = torch.randn(20, dtype=torch.float64)
+    assert_same((ours * weights).sum(), (torch.logsumexp(logits, 1) * weights).sum(), (h, c))
+
+
+def test_gradients_by_finite_differences():
+    h, c, targets = problem(positions=3, rows=12)
+    bias = torch.randn(12, dtype=torch.float64)
+    torch.autograd.gradcheck(
+        lambda h, c: candidate_logsumexp(h, c, bias, torch.arange(12), targets, 100), (h, c)
+    )

@@ -1,0 +1,254 @@
+"""A checkpoint to a bundle: python -m trainer.export checkpoint=RUN_DIR output=BUNDLE rows=fp32
+
+The encoder is scripted, the item table is streamed in blocks of rows (memory is one block), and
+the result must answer a probe of real histories as the trainer did before it gets its name. The
+bundle's files: data/bundle.py. Needs no process group and no GPU.
+"""
+
+# ruff: noqa: E402
+from configs.environment import check_versions, versions
+
+check_versions()  # a mismatch would break the imports below
+
+import hashlib
+import io
+import shutil
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch import Tensor
+
+from configs.command import command
+from data.bundle import (
+    MODEL,
+    ROW_FORMATS,
+    ROWS,
+    TOP_LEVEL,
+    BundleFile,
+    BundleManifest,
+    load_model,
+    sealed,
+)
+from data.errors import InputError
+from data.output_folder import new_folder
+from data.reader import HistoryDataset
+from data.schema import MANIFEST, VOCABULARY, Manifest
+from modules.encoder import Encoder
+from modules.scorer import Scorer, quantise
+from trainer.checkpoint import CONFIG, PROBE, find, read_state
+from trainer.config import ModelConfig
+from trainer.parity import QUALITY_USERS, Parity, compare, held_out_ndcg
+from trainer.stored_rows import StoredTable
+
+QUALITY_BYTES = 1 << 30  # up to this many bytes of fp32 rows the loss by row format is measured
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The options of configs/export.yaml, checked."""
+
+    checkpoint: str
+    output: str
+    rows: str = "fp32"
+    data: str | None = None
+    min_agreement: float = 0.95
+    block_bytes: int = 1 << 28
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROW_FORMATS:
+            raise InputError(f"rows={self.rows} is unknown; choose {' | '.join(ROW_FORMATS)}")
+        if not isinstance(self.min_agreement, int | float) or not 0 <= self.min_agreement <= 1:
+            raise InputError(f"min_agreement={self.min_agreement} is outside [0, 1]")
+        if not isinstance(self.block_bytes, int) or self.block_bytes < 1:
+            raise InputError(f"block_bytes={self.block_bytes} must be a whole number above 0")
+        if not isinstance(self.overwrite, bool):
+            raise InputError(f"overwrite={self.overwrite} must be true or false")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a checkpoint, its run's config, its table and its data set."""
+
+    folder: Path
+    config: dict[str, Any]
+    table: StoredTable
+    data: Path
+    dataset: Manifest
+
+
+def export(config: ExportConfig) -> BundleManifest:
+    """Write the bundle and return its manifest.
+
+    Raises InputError where the checkpoint, its data set or the output cannot be used, and where
+    the bundle disagrees with the trainer by more than `min_agreement` allows.
+    """
+    source = open_source(Path(config.checkpoint), config.data)
+    encoder = load_encoder(source)
+    with new_folder(Path(config.output), TOP_LEVEL, config.overwrite) as folder:
+        (folder / MODEL).write_bytes(scripted(encoder))
+        parts = write_rows(folder, source.table.blocks(config.block_bytes), config.rows)
+        shutil.copyfile(source.data / VOCABULARY, folder / VOCABULARY)
+        model = load_model(folder / MODEL, parts, torch.device("cpu"))
+        parity = compare(model, _probe(source.folder))
+        _report(parity)
+        if config.rows != "fp32":
+            _report_loss(source, encoder, model, config)
+        _judge(parity, config)
+        files = [sealed(folder, path) for path in (folder / MODEL, *parts, folder / VOCABULARY)]
+        manifest = _manifest(source, config.rows, parity, files)
+        manifest.write(folder)
+    return manifest
+
+
+def open_source(path: Path, data: str | None) -> Source:
+    """Find the checkpoint that `path` names and what belongs to it. Raises InputError."""
+    folder = find(path)
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    place = Path(data or config["data"]["path"])
+    if not (place / MANIFEST).exists():
+        raise InputError(
+            f"the data set {place} that the run trained on is not there; name its new place with "
+            "data=DIR"
+        )
+    if hashlib.sha256((place / MANIFEST).read_bytes()).hexdigest() != config["data_sha256"]:
+        raise InputError(f"{place} is not the data set that {folder} was trained on; give data=DIR")
+    dataset, table = Manifest.read(place), StoredTable(folder)
+    if table.rows != dataset.table_rows:
+        raise InputError(
+            f"{folder} has {table.rows} item rows, its data set {place} {dataset.table_rows}"
+        )
+    return Source(folder, config, table, place, dataset)
+
+
+def load_encoder(source: Source) -> Encoder:
+    """The trained encoder, in eval mode."""
+    encoder = Encoder(**asdict(ModelConfig(**source.config["model"])))
+    with warnings.catch_warnings():
+        # "torch.distributed is disabled": that is what no_dist asks for.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(
+            {"model": {"encoder": encoder.state_dict()}},
+            checkpoint_id=str(source.folder),
+            no_dist=True,
+        )
+    return encoder.eval()
+
+
+def scripted(encoder: Encoder) -> bytes:
+    """The scorer as TorchScript, without rows."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # torch.jit is deprecated since 2.13 and works; what it is wanted for, a model that loads
+        # with torch alone on CPU and CUDA, torch.export gives only compiled for one device.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+.* is deprecated")
+        torch.jit.save(torch.jit.script(Scorer(encoder)), buffer)
+    return buffer.getvalue()
+
+
+def write_rows(folder: Path, blocks: Iterable[Tensor], kind: str) -> list[Path]:
+    """Write `rows/part-NNNNN.pt`, a file a block; the files in order."""
+    (folder / ROWS).mkdir()
+    paths = []
+    for number, block_RD in enumerate(blocks):
+        rows_RD, scales_R = quantise(block_RD, kind)
+        part = {"rows": rows_RD} if scales_R is None else {"rows": rows_RD, "scales": scales_R}
+        paths.append(folder / ROWS / f"part-{number:05d}.pt")
+        torch.save(part, paths[-1])
+    return paths
+
+
+def _probe(folder: Path) -> dict[str, Tensor]:
+    path = folder / PROBE
+    try:
+        return torch.load(path, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); use another checkpoint") from error
+
+
+def _report(parity: Parity) -> None:
+    print(
+        f"parity over {parity.users} users: top-{parity.items} overlap {parity.overlap:.4f}, "
+        f"same best item {parity.top1:.4f}, largest score error {parity.score_error:.2e}"
+    )
+
+
+def _report_loss(source: Source, encoder: Encoder, model: Any, config: ExportConfig) -> None:
+    """Print what the row format costs in NDCG@10, where fp32 rows fit in memory beside it."""
+    size = 4 * source.table.rows * source.table.width
+    if size > QUALITY_BYTES:
+        print(f"NDCG loss by rows={config.rows} not measured: {size:,} bytes of fp32 rows")
+        return
+    exact = Scorer(encoder)
+    exact.set_rows(list(source.table.blocks(config.block_bytes)), [])
+    dataset = HistoryDataset(source.data)
+    before, after = held_out_ndcg(exact, dataset), held_out_ndcg(model, dataset)
+    print(
+        f"test NDCG@10, unfiltered, first {min(QUALITY_USERS, len(dataset)):,} users: fp32 rows "
+        f"{before:.4f}, {config.rows} rows {after:.4f} ({after - before:+.4f})"
+    )
+
+
+def _judge(parity: Parity, config: ExportConfig) -> None:
+    if parity.overlap < config.min_agreement:
+        reason = (
+            f"agrees with the trainer on {parity.overlap:.4f} of the top {parity.items} items"
+            if parity.users
+            else "cannot be compared with the trainer, the checkpoint's probe has no user"
+        )
+        raise InputError(
+            f"the bundle {reason}, below min_agreement={config.min_agreement}; nothing was written"
+            + ("" if config.rows == "fp32" else "; rows=fp32 is exact")
+        )
+
+
+def _manifest(source: Source, rows: str, parity: Parity, files: list[BundleFile]) -> BundleManifest:
+    state = read_state(source.folder)
+    figures = [one for one in state.evaluations if one["step"] == state.step]
+    return BundleManifest(
+        files=files,
+        rows=rows,
+        table_rows=source.table.rows,
+        model=source.config["model"],
+        data={
+            "manifest_sha256": source.config["data_sha256"],
+            "options": source.dataset.options,
+            "split": source.dataset.split,
+            "counts": source.dataset.counts,
+        },
+        checkpoint={
+            "step": state.step,
+            "epoch": state.epoch,
+            "validation": figures[-1] if figures else None,
+            "seed": source.config["seed"],
+        },
+        protocol={
+            "ranking": "all items, exact, fp32",
+            "ties": "pessimistic",
+            "targets": source.config["trainer"]["targets"],
+            "filtered": "items of the target's own history left out",
+        },
+        parity=asdict(parity),
+        versions=versions(),
+    )
+
+
+@command("export")
+def main(options: dict[str, Any]) -> None:
+    config = ExportConfig(**options)
+    manifest = export(config)
+    size = sum(one.bytes for one in manifest.files)
+    print(
+        f"bundle {config.output}: {manifest.table_rows:,} {manifest.rows} rows, step "
+        f"{manifest.checkpoint['step']:,}, {size / 2**20:,.1f} MiB in {len(manifest.files)} files"
+    )
+
+
+if __name__ == "__main__":
+    main()
