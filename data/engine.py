@@ -18,7 +18,7 @@ def open_engine(
     """A DuckDB whose tables and spilled data lie in `folder`; the caller removes the folder.
 
     Raises InputError when the limits cannot be read, and, from inside the block, when the engine
-    runs out of memory or disk. The memory limit is exceeded by about a tenth.
+    runs out of memory or disk. The limit is the engine's own: the process takes some 0.3 GB more.
     """
     config = {
         "memory_limit": memory_limit,
@@ -39,7 +39,7 @@ def open_engine(
         ) from error
     try:
         yield connection
-    except duckdb.OutOfMemoryException as error:
+    except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
         raise InputError(
             f"memory_limit={memory_limit} or the disk of the output is too small "
             f"({first_line(error)}); raise the limit or free space"

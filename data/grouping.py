@@ -6,19 +6,38 @@ aggregate in the engine is ten times slower than the sort.)
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
+from data.engine import quoted_path
 from data.errors import InputError
+from data.schema import VOCABULARY
 from data.split import Split
 
 READ_ROWS = 1 << 17  # rows that pass from the engine at a time
 # Users of a shard are spread by this odd multiplier (2^32 over the golden ratio): any stretch of
 # a shard, so any row group, then holds the same mix of long and short histories.
 SPREAD = 2_654_435_769
+
+
+def use_vocabulary(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+    """Create the view `vocabulary` from a data set's or a bundle's file, to group another log.
+
+    Raises InputError when its item ids are of another kind than those of `events`.
+    """
+    path = folder / VOCABULARY
+    if not path.exists():
+        raise InputError(f"{path} does not exist; make a data set with tools.convert_logs")
+    source = f"read_parquet({quoted_path(str(path))})"
+    connection.execute(f"CREATE VIEW vocabulary AS SELECT item_id, item FROM {source}")
+    (known,) = connection.sql("SELECT item_id FROM vocabulary").types
+    (met,) = connection.sql("SELECT item_id FROM events").types
+    if known != met:
+        raise InputError(f"item ids are {met} in the log but {known} in {path}; cast them")
 
 
 def group_users(

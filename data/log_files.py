@@ -24,7 +24,7 @@ class LogFiles:
     @property
     def hive_partitioned(self) -> bool:
         """Whether every file lies in folders such as `day=2024-01-01`."""
-        return all(_partition_keys(path) for path in self.paths)
+        return all(partition_keys(path) for path in self.paths)
 
 
 def find_files(inputs: str | Iterable[str]) -> LogFiles:
@@ -89,15 +89,16 @@ def _kind(path: str) -> str | None:
     return "csv" if name.endswith(CSV_SUFFIXES) else None
 
 
-def _partition_keys(path: str) -> tuple[str, ...]:
+def partition_keys(path: str) -> tuple[str, ...]:
+    """The names of a file's Hive partitions, such as `day` for `day=2024-01-01/`."""
     return tuple(part.split("=", 1)[0] for part in Path(path).parent.parts if "=" in part)
 
 
 def _check_partitions(paths: tuple[str, ...]) -> None:
-    first = _partition_keys(paths[0])
+    first = partition_keys(paths[0])
     for path in paths:
-        if _partition_keys(path) != first:
+        if partition_keys(path) != first:
             raise InputError(
-                f"{path} has the Hive partitions {list(_partition_keys(path))} but {paths[0]} has "
+                f"{path} has the Hive partitions {list(partition_keys(path))} but {paths[0]} has "
                 f"{list(first)}; name files of one layout"
             )

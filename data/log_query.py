@@ -21,6 +21,7 @@ BAD_REASONS = {  # a row's mark when it cannot be used
     5: "unreadable_item",
     6: "unreadable_time",
 }
+NULL_TYPE = '"NULL"'  # of a Parquet column without any value
 _INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _INTEGERS |= {"U" + name for name in _INTEGERS}
 
@@ -164,7 +165,7 @@ def _id_value(option: str, name: str, types: dict[str, str]) -> str:
     kind, column = types[name], quoted(name)
     if kind in _INTEGERS:
         return f"TRY_CAST({column} AS BIGINT)"
-    if kind in ("VARCHAR", "UUID") or kind.startswith("ENUM"):
+    if kind in ("VARCHAR", "UUID", NULL_TYPE) or kind.startswith("ENUM"):
         return f"CAST({column} AS VARCHAR)"
     raise InputError(f"{option}={name} has type {kind}; ids are integers or strings, so cast them")
 
@@ -178,14 +179,22 @@ def _time_value(name: str, types: dict[str, str]) -> tuple[str, str]:
     if kind in ("FLOAT", "DOUBLE") or kind.startswith("DECIMAL"):
         value = f"CAST({column} AS DOUBLE)"
     elif kind.startswith("TIMESTAMP"):
-        value = column
-    elif kind in ("DATE", "VARCHAR"):
+        return column, finite(column, kind)
+    elif kind in ("DATE", "VARCHAR", NULL_TYPE):
         value = f"TRY_CAST({column} AS TIMESTAMP)"
     else:
         raise InputError(
             f"columns.time={name} has type {kind}; times are integers, floats, dates or timestamps"
         )
     return value, f"isfinite({value})"
+
+
+def finite(value: str, kind: str) -> str:
+    """SQL test that a number or timestamp of type `kind` is finite, for every kind of time."""
+    if kind == "BIGINT":
+        return f"{value} IS NOT NULL"
+    with_zone = "ZONE" in kind or "TZ" in kind  # not every timestamp type has isfinite
+    return f"isfinite(CAST({value} AS TIMESTAMPTZ))" if with_zone else f"isfinite({value})"
 
 
 def _feature(name: str, types: dict[str, str]) -> str:
@@ -204,5 +213,5 @@ def _check_where(connection: duckdb.DuckDBPyConnection, source: str, rules: LogR
     except duckdb.Error as error:
         raise InputError(
             f"where={rules.where} is no SQL condition over the log's columns "
-            f"({first_line(error)}); write for example 'where=\"event = \\'buy\\'\"'"
+            f"({first_line(error)}); write for example 'where=\"rating >= 4\"'"
         ) from error

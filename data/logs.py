@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from data.engine import first_line, quoted_path, scalar
 from data.errors import InputError
-from data.log_files import LogFiles
+from data.log_files import LogFiles, partition_keys
 from data.log_query import BAD_REASONS, FILTERED, LogRules, log_query
 
 
@@ -47,6 +47,7 @@ def read_events(
     if read == 0:
         raise InputError(f"the log is empty: no row in {_named(files)}")
     if bad_rows > max_bad_rows:
+        _check_every_file(files, rules)
         reasons = ", ".join(f"{count:,} {name}" for name, count in bad.items())
         raise InputError(
             f"{bad_rows:,} of {read:,} rows are bad ({reasons}), above "
@@ -99,6 +100,18 @@ def _deduplicate(connection: duckdb.DuckDBPyConnection, kind: str) -> int:
     connection.execute("CREATE OR REPLACE VIEW events AS SELECT * FROM distinct_events")
     connection.execute("DROP TABLE loaded")
     return int(scalar(connection, "SELECT count(*) FROM events"))
+
+
+def _check_every_file(files: LogFiles, rules: LogRules) -> None:
+    """Columns are united over Parquet files, so one that lacks a column looks like null values."""
+    for path in files.paths if files.kind == "parquet" else ():
+        names = [*pq.read_schema(path).names, *partition_keys(path)]
+        for name in (rules.user, rules.item, rules.time):
+            if name not in names:
+                raise InputError(
+                    f"{path} has no column {name}, only {', '.join(names)}; leave it out of input, "
+                    "or name the right column in columns.user, columns.item, columns.time"
+                )
 
 
 def _named(files: LogFiles) -> str:

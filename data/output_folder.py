@@ -5,6 +5,7 @@ a killed run left there is removed by the next run with the same output; a lock 
 keeps two live runs apart.
 """
 
+import errno
 import fcntl
 import shutil
 from collections.abc import Collection, Iterator
@@ -46,8 +47,12 @@ def new_folder(output: Path, ours: Collection[str], overwrite: bool = False) -> 
             yield unfinished
             (unfinished / LOCK).unlink()
             _swap(unfinished, output, replaced)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise InputError(
+                    f"the disk of {output} is full ({error.strerror}); free space or choose another"
+                ) from error
             raise
 
 

@@ -6,6 +6,7 @@ import duckdb
 
 from data.engine import first_line, one_row
 from data.errors import InputError
+from data.log_query import finite
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _literal(connection: duckdb.DuckDBPyConnection, option: str, value: object, 
     literal = f"CAST('{text}' AS {kind})"
     try:
         exact = f"CAST('{text}' AS DOUBLE) = {literal}" if kind == "BIGINT" else "true"
-        good = one_row(connection, f"SELECT {exact}, isfinite({literal}::{_finite(kind)})")
+        good = one_row(connection, f"SELECT {exact}, {finite(literal, kind)}")
     except duckdb.Error as error:
         reason = first_line(error)
     else:
@@ -83,7 +84,3 @@ def _literal(connection: duckdb.DuckDBPyConnection, option: str, value: object, 
         f"{option}={value} is no {kind}, the type of the log's times ({reason}); give a number "
         "for numeric times, else a date such as 2024-01-31"
     )
-
-
-def _finite(kind: str) -> str:
-    return "DOUBLE" if kind == "BIGINT" else kind

@@ -65,15 +65,18 @@ class ConvertConfig:
         """From the composed Hydra config."""
         rest = dict(options)
         columns, csv = rest.pop("columns"), rest.pop("csv")
+        features = columns["features"]
+        if not isinstance(features, list):
+            raise InputError(f"columns.features={features} is no list; write [{features}]")
         rules = LogRules(
             user=str(columns["user"]),
             item=str(columns["item"]),
             time=str(columns["time"]),
-            features=tuple(str(name) for name in columns["features"]),
+            features=tuple(str(name) for name in features),
             where=None if rest["where"] is None else str(rest["where"]),
             deduplicate=rest["deduplicate"],
             csv_delimiter=csv["delimiter"],
-            csv_types=dict(csv["types"]),
+            csv_types=dict(csv["types"] or {}),
         )
         del rest["where"], rest["deduplicate"]
         output = Path(str(rest.pop("output")))

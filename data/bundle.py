@@ -1,0 +1,182 @@
+"""The exported bundle: a folder that scores with torch alone.
+
+    model.pt             TorchScript (modules/scorer.py): forward(items, offsets, k, exclude_seen)
+    rows/part-NNNNN.pt   the item rows in order, {"rows": [R, D]} and for int8 {"scales": [R]}
+    vocabulary.parquet   item_id (raw), item (table row), count
+    manifest.json        what it is, versions, hashes, metrics; written last
+
+Nothing of ours is needed to use one:
+
+    model = torch.jit.load("BUNDLE/model.pt")
+    parts = [torch.load(p, weights_only=True) for p in sorted(Path("BUNDLE/rows").iterdir())]
+    model.set_rows([p["rows"] for p in parts], [p["scales"] for p in parts if "scales" in p])
+    rows, scores = model(items, offsets, 100, True)
+
+This module does the same and checks what it reads. It needs torch and pyarrow, not TorchRec.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import InputError
+from data.schema import MANIFEST, VOCABULARY, write_atomically
+from data.vocabulary import Vocabulary
+
+BUNDLE_VERSION = 1
+MODEL, ROWS = "model.pt", "rows"
+TOP_LEVEL = (MODEL, ROWS, VOCABULARY, MANIFEST)
+ROW_FORMATS = ("fp32", "fp16", "int8")
+AGAIN = "export the checkpoint again with trainer.export"
+
+
+@dataclass(frozen=True)
+class BundleFile:
+    """One file of a bundle; `path` is relative to its folder, with `/`."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BundleManifest:
+    """What a bundle is and where it comes from."""
+
+    files: list[BundleFile]
+    rows: str  # fp32 | fp16 | int8
+    table_rows: int
+    model: dict[str, Any]  # trainer.config.ModelConfig
+    data: dict[str, Any]  # the data set: its options (how a log is read), split, counts, hash
+    checkpoint: dict[str, Any]  # step, epoch, and its validation figures
+    protocol: dict[str, Any]  # what the figures mean
+    parity: dict[str, Any]  # the bundle's answers against the trainer's
+    versions: dict[str, str]
+    bundle_version: int = BUNDLE_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Commit the bundle."""
+        text = json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        write_atomically(folder / MANIFEST, text.encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> "BundleManifest":
+        """Raises InputError for a folder that is absent, no bundle, or of another version."""
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise InputError(f"bundle {folder} does not exist; make one with trainer.export")
+        if not path.exists():
+            raise InputError(f"{folder} has no {MANIFEST}: it is no finished bundle; {AGAIN}")
+        try:
+            raw = json.loads(path.read_bytes())
+            version = raw.get("bundle_version")
+            if version is None:
+                raise InputError(f"{folder} is no bundle, its {MANIFEST} is of another kind")
+            if version != BUNDLE_VERSION:
+                raise InputError(
+                    f"{path} has bundle version {version}, this program reads {BUNDLE_VERSION}; "
+                    f"{AGAIN}"
+                )
+            raw["files"] = [BundleFile(**one) for one in raw["files"]]
+            manifest = cls(**raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({error}); {AGAIN}") from error
+        for one in manifest.files:
+            if Path(one.path).is_absolute() or ".." in Path(one.path).parts:
+                raise InputError(f"{path} names {one.path}, outside its own folder; {AGAIN}")
+        return manifest
+
+    def hash_of(self, path: str) -> str:
+        """The sha256 of a file of the bundle."""
+        return next(one.sha256 for one in self.files if one.path == path)
+
+    @property
+    def fingerprint(self) -> str:
+        """The model: one hash over all files."""
+        return hashlib.sha256("".join(one.sha256 for one in self.files).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `model` is the scripted `modules.scorer.Scorer` with its rows."""
+
+    folder: Path
+    manifest: BundleManifest
+    vocabulary: Vocabulary
+    model: Any
+    device: torch.device
+
+    @classmethod
+    def open(cls, folder: Path, device: torch.device, hashes: bool = True) -> "Bundle":
+        """Open a bundle. `hashes`: compare every file's content too, not its size alone.
+
+        Raises InputError for a bundle that is absent, unfinished, damaged, or does not fit here.
+        """
+        manifest = BundleManifest.read(folder)
+        for one in manifest.files:
+            _check_file(folder / one.path, one, hashes)
+        parts = [folder / one.path for one in manifest.files if one.path.startswith(f"{ROWS}/")]
+        try:
+            model = load_model(folder / MODEL, parts, device)
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(f"bundle {folder} cannot be loaded ({reason}); {AGAIN}") from error
+        vocabulary = Vocabulary.read(folder)
+        if not model.table_rows == manifest.table_rows == vocabulary.table_rows:
+            raise InputError(
+                f"bundle {folder} has {model.table_rows} rows, but its vocabulary has "
+                f"{vocabulary.table_rows}; {AGAIN}"
+            )
+        return cls(folder, manifest, vocabulary, model, device)
+
+    @torch.no_grad()
+    def score(
+        self, items_T: torch.Tensor, offsets_B1: torch.Tensor, k: int, exclude_seen: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(table rows [B, k], scores [B, k]) on the CPU; see `modules.scorer.Scorer.forward`."""
+        rows, scores = self.model(
+            items_T.to(self.device), offsets_B1.to(self.device), k, exclude_seen
+        )
+        return rows.cpu(), scores.cpu()
+
+
+def load_model(model: Path, parts: Iterable[Path], device: torch.device) -> Any:
+    """The scripted scorer with the rows of `parts` set. On a CPU the rows are mapped, not read."""
+    scorer = torch.jit.load(str(model), map_location=device)
+    loaded = [
+        torch.load(path, weights_only=True, mmap=device.type == "cpu", map_location=device)
+        for path in parts
+    ]
+    scorer.set_rows(
+        [part["rows"] for part in loaded], [part["scales"] for part in loaded if "scales" in part]
+    )
+    return scorer
+
+
+def sealed(folder: Path, path: Path) -> BundleFile:
+    """A finished file as the manifest names it, on the disk for good."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return BundleFile(path.relative_to(folder).as_posix(), size, digest)
+
+
+def _check_file(path: Path, expected: BundleFile, hashes: bool) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is named in the bundle's manifest and absent; {AGAIN}")
+    size = path.stat().st_size
+    if size != expected.bytes:
+        raise InputError(
+            f"{path} has {size:,} bytes, the bundle's manifest says {expected.bytes:,}; {AGAIN}"
+        )
+    if hashes:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+                raise InputError(f"{path} is damaged, its hash is not the manifest's; {AGAIN}")

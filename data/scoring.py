@@ -1,0 +1,114 @@
+"""Histories to scores: the units of work, and one unit's table.
+
+Legend: U users of a unit, T packed tokens, B users of a batch, K = k.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from data.bundle import Bundle
+from data.packing import cut_packs
+from data.reader import Histories, HistoryDataset, concatenated_ranges
+from data.schema import score_schema
+
+UPTO = ("all", "train", "validation")
+COUNTS = b"ssd4rec.counts"  # of a unit, in the metadata of its file's schema
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Users start to stop of row group `group`, and the file that holds their scores."""
+
+    group: int
+    start: int
+    stop: int
+    name: str
+
+    @property
+    def users(self) -> int:
+        return self.stop - self.start
+
+
+def units_of(dataset: HistoryDataset, part_users: int) -> list[Unit]:
+    """All units of a data set, from its metadata alone: the same for any number of processes."""
+    units = []
+    for group, users in enumerate(np.diff(dataset.group_starts_G1).tolist()):
+        for number, start in enumerate(range(0, users, part_users)):
+            name = f"part-{group:05d}-{number:05d}.parquet"
+            units.append(Unit(group, start, min(start + part_users, users), name))
+    return units
+
+
+def seen_lengths(histories: Histories, upto: str) -> np.ndarray:
+    """int64 events of each user that the model sees."""
+    match upto:
+        case "all":
+            return np.diff(histories.offsets_U1)
+        case "train":
+            return histories.n_train_U.astype(np.int64)
+        case "validation":
+            return histories.n_train_U.astype(np.int64) + histories.n_validation_U
+    raise ValueError(f"upto is one of {', '.join(UPTO)}, not {upto}")
+
+
+def score_unit(
+    bundle: Bundle,
+    histories: Histories,
+    unit: Unit,
+    upto: str,
+    k: int,
+    exclude_seen: bool,
+    batch_tokens: int,
+    done: Callable[[int], object],
+) -> pa.Table:
+    """The unit's scores in `data.schema.score_schema`; users without a history are left out.
+
+    histories: those of the unit's row group. done: called with the number of users of each batch.
+    The counts of the unit stand in the schema's metadata (`unit_counts`).
+    """
+    length_U = seen_lengths(histories, upto)[unit.start : unit.stop]
+    start_U = histories.offsets_U1[unit.start : unit.stop]
+    with_history = np.flatnonzero(length_U)
+    done(unit.users - len(with_history))
+    lengths, starts = length_U[with_history], start_U[with_history]
+    budget = max(batch_tokens, int(lengths.max(initial=0)))
+    rows_parts, scores_parts, counts_parts = [], [], []
+    for first, stop in pairwise(cut_packs(lengths, budget, budget).tolist()):
+        tokens = concatenated_ranges(starts[first:stop], lengths[first:stop])
+        items_T = torch.from_numpy(histories.items_N[tokens].astype(np.int64))
+        offsets_B1 = torch.from_numpy(np.append(0, np.cumsum(lengths[first:stop])))
+        rows_BK, scores_BK = bundle.score(items_T, offsets_B1, k, exclude_seen)
+        real_BK = rows_BK >= 0  # fewer than k items may remain
+        rows_parts.append(rows_BK[real_BK].numpy())
+        scores_parts.append(scores_BK[real_BK].numpy())
+        counts_parts.append(real_BK.sum(1).numpy())
+        done(stop - first)
+    counts = np.concatenate([np.zeros(0, np.int64), *counts_parts])
+    rows = np.concatenate([np.zeros(0, np.int64), *rows_parts])
+    scores = np.concatenate([np.zeros(0, np.float32), *scores_parts])
+    facts = {
+        "users_scored": len(lengths),
+        "users_without_history": unit.users - len(lengths),
+        "users_short": int((counts < k).sum()),
+        "events": int(lengths.sum()),
+    }
+    assert histories.user_ids is not None
+    user_ids = histories.user_ids.take(pa.array(with_history + unit.start))
+    bounds = pa.array(np.append(0, np.cumsum(counts)), pa.int32())
+    lists = [pa.ListArray.from_arrays(bounds, bundle.vocabulary.raw(rows))]
+    lists.append(pa.ListArray.from_arrays(bounds, pa.array(scores)))
+    schema = score_schema(user_ids.type, bundle.vocabulary.item_ids.type)
+    schema = schema.with_metadata({COUNTS: json.dumps(facts)})
+    return pa.Table.from_arrays([user_ids, *lists], schema=schema)
+
+
+def unit_counts(schema: pa.Schema) -> dict[str, int]:
+    """The counts of a written unit: users_scored, users_without_history, users_short (of fewer
+    than k items), events."""
+    return json.loads(schema.metadata[COUNTS])

@@ -1,0 +1,208 @@
+"""Export: the bundle answers as the trainer did, loads with torch alone, and is refused when off."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+
+from data.bundle import Bundle, BundleManifest
+from data.errors import InputError
+from data.schema import VOCABULARY
+from tests.trained_run import Trained, run_command, trained
+from trainer.checkpoint import find
+from trainer.export import ExportConfig, export
+from trainer.parity import compare
+from trainer.stored_rows import TABLE_NAME, StoredTable
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def made() -> Trained:
+    return trained()
+
+
+def test_bundle_answers_as_the_trainer(made):
+    bundle = Bundle.open(made.bundle, CPU)
+    parity = bundle.manifest.parity
+    assert parity["users"] > 10
+    assert parity["overlap"] == parity["top1"] == 1.0
+    assert parity["score_error"] < 1e-5
+    assert bundle.manifest.checkpoint["validation"]["unfiltered"]["ndcg@10"] > 0
+    assert bundle.manifest.data["options"]["log"]["deduplicate"] == "none"
+    assert (made.bundle / VOCABULARY).read_bytes() == (made.data / VOCABULARY).read_bytes()
+
+
+@pytest.mark.parametrize("rows", ["fp16", "int8"])
+def test_smaller_rows_pass_the_gate_and_print_their_loss(made, rows, tmp_path, capsys):
+    # Many small blocks: the same rows in many files.
+    config = ExportConfig(
+        str(made.run), str(tmp_path / "b"), rows, min_agreement=0.8, block_bytes=1500
+    )
+    manifest = export(config)
+    assert f"{rows} rows" in capsys.readouterr().out
+    assert len([one for one in manifest.files if one.path.startswith("rows/")]) == 3
+    small, exact = Bundle.open(tmp_path / "b", CPU), Bundle.open(made.bundle, CPU)
+    every = torch.arange(manifest.table_rows)
+    bound = 2**-10 if rows == "fp16" else 0.51 / 127
+    values = exact.model.look_up(every)
+    off = (small.model.look_up(every) - values).abs()
+    assert (off <= bound * values.abs().amax(1, keepdim=True)).all()
+
+
+ALONE = """
+import sys, torch
+from pathlib import Path
+folder = Path(sys.argv[1])
+model = torch.jit.load(str(folder / "model.pt"))
+parts = [torch.load(p, weights_only=True) for p in sorted((folder / "rows").iterdir())]
+model.set_rows([p["rows"] for p in parts], [p["scales"] for p in parts if "scales" in p])
+rows, scores = model(torch.tensor([8, 9, 10, 11]), torch.tensor([0, 3, 4]), 5, True)
+ours = {"torchrec", "fbgemm_gpu", "trainer", "modules", "data", "configs", "pyarrow"}
+assert not ours & set(sys.modules), ours & set(sys.modules)
+print(rows.tolist())
+"""
+
+
+def test_bundle_loads_with_torch_alone_from_any_folder(made, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(made.bundle, moved)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(moved)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    items, offsets = torch.tensor([8, 9, 10, 11]), torch.tensor([0, 3, 4])
+    expected, _ = Bundle.open(made.bundle, CPU).score(items, offsets, 5, True)
+    assert json.loads(done.stdout) == expected.tolist()
+
+
+def test_bundle_module_needs_no_torchrec():
+    code = "import data.bundle, sys; print({'torchrec', 'trainer', 'modules'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        {(0, 0): (40, 6)},
+        {(0, 0): (25, 6), (25, 0): (15, 6)},
+        {(0, 0): (40, 4), (0, 4): (40, 2)},
+        {(0, 0): (13, 4), (13, 0): (27, 4), (0, 4): (13, 2), (13, 4): (27, 2)},
+    ],
+    ids=["whole", "row_wise", "column_wise", "grid"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_stored_rows_of_any_sharding(shards, dtype, tmp_path):
+    whole = torch.randn(40, 6).to(dtype)
+    parts = [whole[r : r + n, c : c + m] for (r, c), (n, m) in shards.items()]
+    name, key = TABLE_NAME.rsplit(".", 1)
+    dcp.save(
+        {name: {key: LocalShardsWrapper(parts, list(shards))}},
+        checkpoint_id=tmp_path,
+        no_dist=True,
+    )
+    table = StoredTable(tmp_path)
+    assert (table.rows, table.width) == (40, 6)
+    for block_bytes in (1, 24 * 7, 1 << 20):
+        assert torch.equal(torch.cat(list(table.blocks(block_bytes))), whole.float())
+
+
+def test_a_model_that_is_off_is_refused(made, tmp_path):
+    """A probe that another model answered: nothing is written."""
+    folder = tmp_path / "run"
+    shutil.copytree(find(made.run), folder)
+    probe = torch.load(folder / "probe.pt", weights_only=True)
+    probe["items"] = probe["items"].roll(1, 0)
+    torch.save(probe, folder / "probe.pt")
+    with pytest.raises(InputError, match=r"below min_agreement=0\.95"):
+        export(ExportConfig(str(folder), str(tmp_path / "b")))
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
+
+
+def test_parity_counts_what_differs(made):
+    bundle = Bundle.open(made.bundle, CPU)
+    probe = torch.load(find(made.run) / "probe.pt", weights_only=True)
+    probe["items"][:, 0], probe["items"][:, 1] = probe["items"][:, 1], probe["items"][:, 0].clone()
+    probe["items"][:, 19] = 0
+    parity = compare(bundle.model, probe)
+    assert parity.top1 == 0.0
+    assert parity.overlap == pytest.approx(0.95)
+    assert 0 < parity.score_error < 1
+
+
+def test_refusals(made, tmp_path):
+    there = str(made.bundle)
+    with pytest.raises(InputError, match="already exists"):
+        export(ExportConfig(str(made.run), there))
+    with pytest.raises(InputError, match="rows=int4 is unknown"):
+        ExportConfig(str(made.run), there, rows="int4")
+    with pytest.raises(InputError, match="holds 'histories'"):
+        export(ExportConfig(str(made.run), str(made.data), overwrite=True))
+    with pytest.raises(InputError, match="no checkpoint and no run"):
+        export(ExportConfig(str(tmp_path), str(tmp_path / "b")))
+    with pytest.raises(InputError, match=r"is not there; name its new place with data=DIR"):
+        export(ExportConfig(str(made.run), str(tmp_path / "b"), data=str(tmp_path)))
+
+
+def test_command_replaces_a_bundle_when_told(made, tmp_path):
+    output = tmp_path / "b"
+    shutil.copytree(made.bundle, output)
+    (output / "model.pt").write_bytes(b"old")
+    done = run_command(
+        "trainer.export", f"checkpoint={made.run}", f"output={output}", "overwrite=true"
+    )
+    assert "overlap 1.0000" in done
+    assert Bundle.open(output, CPU).manifest.rows == "fp32"
+    assert "unknown" in run_command(
+        "trainer.export", f"checkpoint={made.run}", f"output={tmp_path / 'c'}", "rows=x", fails=True
+    )
+
+
+def spoil_size(folder: Path) -> None:
+    (folder / "model.pt").write_bytes(b"short")
+
+
+def spoil_content(folder: Path) -> None:
+    path = folder / "rows" / "part-00000.pt"
+    path.write_bytes(path.read_bytes()[:-200] + bytes(200))
+
+
+def spoil_version(folder: Path) -> None:
+    replace(BundleManifest.read(folder), bundle_version=99).write(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_size, "bytes, the bundle's manifest says"),
+        (spoil_content, "hash is not the manifest's"),
+        (spoil_version, "bundle version 99"),
+        (lambda folder: (folder / "manifest.json").unlink(), "no finished bundle"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "damaged"),
+        (lambda folder: (folder / VOCABULARY).unlink(), "absent"),
+        (shutil.rmtree, "does not exist"),
+    ],
+)
+def test_damaged_bundles_are_named(made, tmp_path, spoil, message):
+    folder = tmp_path / "bundle"
+    shutil.copytree(made.bundle, folder)
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        Bundle.open(folder, CPU)
+
+
+def test_a_data_set_is_no_bundle(made):
+    with pytest.raises(InputError, match="is no bundle"):
+        Bundle.open(made.data, CPU)

@@ -1,0 +1,262 @@
+"""Score histories in batch: the top k items of every user, Parquet in, Parquet out.
+
+    python -m tools.score_histories bundle=BUNDLE input=PATH|GLOB output=DIR k=100
+    torchrun --nproc_per_node=N -m tools.score_histories …
+
+The unit is an output file: up to `part_users` users of one row group of histories. Of N processes
+the r-th writes every N-th unit, each under a temporary name that is renamed, so a killed run goes
+on with what is missing. There is no collective: processes meet through files in the output folder
+alone. Memory is one row group and one file, however large the input.
+
+A user without a history (nothing known, or nothing in the part that `upto` names) is counted and
+left out. All options: configs/score.yaml.
+"""
+
+import hashlib
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.command import command
+from data.bundle import Bundle
+from data.errors import InputError
+from data.log_files import LogFiles, find_files
+from data.reader import HistoryDataset
+from data.schema import HISTORIES, MANIFEST, VOCABULARY, Manifest
+from data.score_input import GroupingLimits, group_log, rules_for
+from data.score_output import ScoreFolder, summarise
+from data.scoring import UPTO, Unit, score_unit, units_of
+from tools.stages import print_table
+
+GROUPED = "grouped"  # a raw log's histories, inside the output while it is unfinished
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The options of configs/score.yaml, checked."""
+
+    bundle: str
+    input: str | list[str]
+    output: str
+    k: int = 100
+    exclude_seen: bool = True
+    upto: str = "all"
+    batch_tokens: int = 8192
+    device: str = "auto"
+    part_users: int = 8192
+    columns: dict[str, str | None] = field(default_factory=dict)
+    csv: dict[str, Any] = field(default_factory=dict)
+    max_bad_rows: int = 0
+    row_group_events: int = 1_000_000
+    memory_limit: str = "4GB"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"k": 1, "batch_tokens": 1, "part_users": 1, "row_group_events": 1}
+        for name, minimum in (least | {"max_bad_rows": 0}).items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise InputError(f"{name}={value} must be a whole number, {minimum} or more")
+        if not isinstance(self.exclude_seen, bool):
+            raise InputError(f"exclude_seen={self.exclude_seen} must be true or false")
+        for name, choices in (("upto", UPTO), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{name}={getattr(self, name)} is unknown; choose {' | '.join(choices)}"
+                )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among all, from torchrun's environment."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, device: str) -> "Place":
+        """Raises InputError for a device that this host lacks."""
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+            return cls(rank, size, torch.device("cpu"))
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"device={device} needs a GPU for each process of this host, which has "
+                f"{torch.cuda.device_count()}; start fewer processes or use device=cpu"
+            )
+        return cls(rank, size, torch.device("cuda", local_rank))
+
+
+def score(config: ScoreConfig) -> dict[str, Any] | None:
+    """Score all of the input with this process's share; rank 0's answer is the summary.
+
+    Raises InputError for a bundle, an input, an option or an output that cannot be used.
+    """
+    started = time.monotonic()
+    place = Place.of(config.device)
+    # One process looks into every byte; all look at sizes, and torchrun ends all with the first.
+    bundle = Bundle.open(Path(config.bundle), place.device, hashes=place.rank == 0)
+    if config.k > bundle.vocabulary.size:
+        raise InputError(f"k={config.k} is more than the bundle's {bundle.vocabulary.size} items")
+    files = None if _is_dataset(config.input) else find_files(config.input)
+    dataset_folder = Path(str(config.input))
+    if files is None:
+        _check_same_items(Manifest.read(dataset_folder), bundle, dataset_folder)
+    elif config.upto != "all":
+        raise InputError(f"upto={config.upto} is for a converted data set; a raw log has no split")
+
+    folder = ScoreFolder(Path(config.output), _job(config, bundle, files), GROUPED)
+    if not folder.begin(place.rank == 0):
+        return None  # the others did all that there was before this process came
+    try:
+        return _score(config, folder, dataset_folder, files, bundle, place, started)
+    except InputError:
+        if place.rank > 0 and folder.finished:
+            return None  # nothing was left for this process, and its input has been cleared away
+        raise
+
+
+def _score(
+    config: ScoreConfig,
+    folder: ScoreFolder,
+    dataset_folder: Path,
+    files: LogFiles | None,
+    bundle: Bundle,
+    place: Place,
+    started: float,
+) -> dict[str, Any] | None:
+    """Group a raw log (the first process alone), score this process's units, and sum up."""
+    log_counts: dict[str, int] = {}
+    if files is not None:
+        dataset_folder = folder.path / GROUPED
+        if place.rank == 0 and not dataset_folder.exists():
+            rules = rules_for(bundle.manifest.data["options"], config.columns, **_csv(config))
+            group_log(files, rules, bundle, dataset_folder, _limits(config))
+        folder.wait_for(dataset_folder / MANIFEST)
+        log_counts = Manifest.read(dataset_folder).counts
+    dataset = HistoryDataset(dataset_folder)
+    units = units_of(dataset, config.part_users)
+    _score_units(config, folder, dataset, bundle, units, place)
+    if place.rank > 0:
+        return None
+    for unit in units:
+        folder.wait_for(folder.path / unit.name)
+    summary = summarise(folder, [unit.name for unit in units], log_counts)
+    summary |= {
+        "bundle": {"fingerprint": bundle.manifest.fingerprint, **bundle.manifest.checkpoint},
+        "seconds": time.monotonic() - started,
+        "world_size": place.size,
+        "device": place.device.type,
+    }
+    folder.finish(summary)
+    return summary
+
+
+def _score_units(
+    config: ScoreConfig,
+    folder: ScoreFolder,
+    dataset: HistoryDataset,
+    bundle: Bundle,
+    units: list[Unit],
+    place: Place,
+) -> None:
+    """Write this process's units that are not written yet."""
+    mine = units[place.rank :: place.size]
+    with folder.progress(sum(unit.users for unit in mine), place.rank, place.size) as bar:
+        group, histories = -1, None
+        for unit in mine:
+            if (folder.path / unit.name).exists():
+                bar.update(unit.users)
+                continue
+            if histories is None or group != unit.group:
+                histories, group = dataset.read(unit.group), unit.group
+            table = score_unit(
+                bundle,
+                histories,
+                unit,
+                upto=config.upto,
+                k=config.k,
+                exclude_seen=config.exclude_seen,
+                batch_tokens=config.batch_tokens,
+                done=bar.update,
+            )
+            folder.write(unit.name, table)
+
+
+def _is_dataset(source: str | list[str]) -> bool:
+    """A folder with a manifest or a histories folder is a data set, or means to be one."""
+    if not isinstance(source, str):
+        return False
+    folder = Path(source)
+    return folder.is_dir() and ((folder / MANIFEST).exists() or (folder / HISTORIES).is_dir())
+
+
+def _check_same_items(manifest: Manifest, bundle: Bundle, folder: Path) -> None:
+    if manifest.vocabulary.sha256 != bundle.manifest.hash_of(VOCABULARY):
+        raise InputError(
+            f"data set {folder} and bundle {bundle.folder} number their items differently (another "
+            "vocabulary.parquet); score the raw log, or convert it with vocabulary=BUNDLE"
+        )
+
+
+def _job(config: ScoreConfig, bundle: Bundle, files: LogFiles | None) -> dict[str, Any]:
+    """What the output depends on, so that a run goes on only with what is its own."""
+    source: Any
+    if files is None:
+        content = (Path(str(config.input)) / MANIFEST).read_bytes()
+        source = hashlib.sha256(content).hexdigest()
+    else:
+        facts = [(path, os.stat(path)) for path in files.paths]
+        source = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in facts]
+    kept = ("k", "exclude_seen", "upto", "part_users", "columns", "csv", "row_group_events")
+    options = {name: value for name, value in asdict(config).items() if name in kept}
+    return {"bundle": bundle.manifest.fingerprint, "input": source, **options}
+
+
+def _csv(config: ScoreConfig) -> dict[str, Any]:
+    return {
+        "csv_delimiter": config.csv.get("delimiter"),
+        "csv_types": config.csv.get("types") or {},
+    }
+
+
+def _limits(config: ScoreConfig) -> GroupingLimits:
+    return GroupingLimits(
+        config.max_bad_rows, config.row_group_events, config.memory_limit, config.threads
+    )
+
+
+def _report(summary: dict[str, Any], output: str) -> None:
+    rows = [
+        ("users scored", f"{summary['users_scored']:,}"),
+        ("without a history", f"{summary['users_without_history']:,} (left out)"),
+        ("with fewer than k items", f"{summary['users_short']:,}"),
+        ("history events", f"{summary['events']:,}"),
+    ]
+    if "events_unknown" in summary:
+        rows += [("events of unknown items", f"{summary['events_unknown']:,} (passed over)")]
+        rows += [("bad rows", f"{summary['events_bad']:,} (skipped)")]
+    seconds = summary["seconds"]
+    rows += [
+        ("scores", f"{output} ({len(summary['parts'])} file(s))"),
+        ("seconds", f"{seconds:.1f} ({summary['users_scored'] / seconds:,.0f} users/s)"),
+    ]
+    print_table(rows)
+
+
+@command("score")
+def main(options: dict[str, Any]) -> None:
+    config = ScoreConfig(**options)
+    summary = score(config)
+    if summary is not None:
+        _report(summary, config.output)
+
+
+if __name__ == "__main__":
+    main()
