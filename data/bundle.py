@@ -18,6 +18,7 @@ This module does the same and checks what it reads. It needs torch and pyarrow, 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,7 +149,10 @@ class Bundle:
 
 def load_model(model: Path, parts: Iterable[Path], device: torch.device) -> Any:
     """The scripted scorer with the rows of `parts` set. On a CPU the rows are mapped, not read."""
-    scorer = torch.jit.load(str(model), map_location=device)
+    with warnings.catch_warnings():
+        # Deprecated since torch 2.13, and the one format that needs nothing but torch anywhere.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+.* is deprecated")
+        scorer = torch.jit.load(str(model), map_location=device)
     loaded = [
         torch.load(path, weights_only=True, mmap=device.type == "cpu", map_location=device)
         for path in parts

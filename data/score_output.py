@@ -20,9 +20,9 @@ from tqdm import tqdm
 from configs.environment import versions
 from data.errors import InputError
 from data.schema import write_atomically
-from data.scoring import unit_counts
 
 JOB, SUMMARY = "job.json", "summary.json"
+COUNTS = b"ssd4rec.counts"  # of a unit, in the metadata of its file's schema
 POLL_SECONDS = 0.1
 
 
@@ -127,3 +127,9 @@ def summarise(folder: ScoreFolder, names: Iterable[str], log: dict[str, int]) ->
     taken = {name: count for name, count in log.items() if name.startswith("events_")}
     users = totals["users_scored"] + totals["users_without_history"]
     return {"users": users, **totals, **taken, "parts": parts}
+
+
+def unit_counts(schema: pa.Schema) -> dict[str, int]:
+    """The counts of a written unit: users_scored, users_without_history, users_short (of fewer
+    than k items), events."""
+    return json.loads(schema.metadata[COUNTS])

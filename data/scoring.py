@@ -13,12 +13,11 @@ import pyarrow as pa
 import torch
 
 from data.bundle import Bundle
-from data.packing import cut_packs
 from data.reader import Histories, HistoryDataset, concatenated_ranges
 from data.schema import score_schema
+from data.score_output import COUNTS
 
 UPTO = ("all", "train", "validation")
-COUNTS = b"ssd4rec.counts"  # of a unit, in the metadata of its file's schema
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def score_unit(
     """The unit's scores in `data.schema.score_schema`; users without a history are left out.
 
     histories: those of the unit's row group. done: called with the number of users of each batch.
-    The counts of the unit stand in the schema's metadata (`unit_counts`).
+    The counts of the unit stand in the schema's metadata (`data.score_output.unit_counts`).
     """
     length_U = seen_lengths(histories, upto)[unit.start : unit.stop]
     start_U = histories.offsets_U1[unit.start : unit.stop]
@@ -79,7 +78,7 @@ def score_unit(
     lengths, starts = length_U[with_history], start_U[with_history]
     budget = max(batch_tokens, int(lengths.max(initial=0)))
     rows_parts, scores_parts, counts_parts = [], [], []
-    for first, stop in pairwise(cut_packs(lengths, budget, budget).tolist()):
+    for first, stop in pairwise(_cut(lengths, budget)):
         tokens = concatenated_ranges(starts[first:stop], lengths[first:stop])
         items_T = torch.from_numpy(histories.items_N[tokens].astype(np.int64))
         offsets_B1 = torch.from_numpy(np.append(0, np.cumsum(lengths[first:stop])))
@@ -108,7 +107,14 @@ def score_unit(
     return pa.Table.from_arrays([user_ids, *lists], schema=schema)
 
 
-def unit_counts(schema: pa.Schema) -> dict[str, int]:
-    """The counts of a written unit: users_scored, users_without_history, users_short (of fewer
-    than k items), events."""
-    return json.loads(schema.metadata[COUNTS])
+def _cut(lengths: np.ndarray, budget: int) -> list[int]:
+    """Bounds of batches in order, each of at most `budget` tokens, no length above it.
+
+    `data.packing.cut_packs` is the same and would bring TorchRec into every scoring process.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    bounds = [0]
+    while bounds[-1] < len(ends):
+        used = int(ends[bounds[-1] - 1]) if bounds[-1] else 0
+        bounds.append(int(ends.searchsorted(used + budget, side="right")))
+    return bounds

@@ -93,7 +93,7 @@ def make_table(offsets_B1: Tensor, tokens: int, launch: Launch) -> Table:
 
 
 def walk(
-    key_TN: Tensor, value_THP: Tensor, dt_TH: Tensor, c_TH: Tensor, offsets_B1: Tensor,
+    key_TN: Tensor, value_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, offsets_B1: Tensor,
     table: Table, launch: Launch, *, reverse: bool, end_BHPN: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """States at chunk boundaries: `[slot, H, N, P]`. `end_BHPN` is written (forward) or read."""
@@ -107,9 +107,9 @@ def walk(
 
     def run(local: bool) -> None:
         walk_kernel[(segments, tiles)](
-            key_TN, value_THP, dt_TH, c_TH, offsets_B1, table.segments_4Z, table.chunk_slot_B2,
+            key_TN, value_THP, dt_HT, c_HT, offsets_B1, table.segments_4Z, table.chunk_slot_B2,
             state_SHNP, boundary_SHNP, boundary_decay_SH, end_BHPN, sequences, segments,
-            key_TN.stride(0), value_THP.stride(0), H, N, P, launch.tile, launch.chunk,
+            T, key_TN.stride(0), value_THP.stride(0), H, N, P, launch.tile, launch.chunk,
             launch.segment_chunks, reverse, local, has_end and not local, launch.precision,
             num_warps=launch.walk_warps, num_stages=launch.walk_stages,
         )  # fmt: skip
@@ -124,16 +124,19 @@ def walk(
     return state_SHNP
 
 
-def decays(dt_TH: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch) -> Tensor:
-    """`c_TH`: the running log2 decay inside each chunk."""
-    H, chunks = dt_TH.shape[1], table.chunks_4Z.shape[1]
-    c_TH = torch.empty_like(dt_TH)
-    heads = min(triton.next_power_of_2(H), 32)
+def decays(
+    dt_TH: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch
+) -> tuple[Tensor, Tensor]:
+    """dt and the running log2 decay inside each chunk, one row of tokens per head."""
+    T, H = dt_TH.shape
+    chunks = table.chunks_4Z.shape[1]
+    dt_HT, c_HT = dt_TH.new_empty(2, H, T)
+    heads = min(triton.next_power_of_2(H), 16)
     decay_kernel[(chunks, triton.cdiv(H, heads))](
-        dt_TH, A_H, offsets_B1, table.chunks_4Z, c_TH, offsets_B1.numel() - 1, chunks, H, heads,
-        launch.chunk, num_warps=1,
+        dt_TH, A_H, offsets_B1, table.chunks_4Z, dt_HT, c_HT, offsets_B1.numel() - 1, chunks, T,
+        H, heads, launch.chunk, num_warps=4,
     )  # fmt: skip
-    return c_TH
+    return dt_HT, c_HT
 
 
 def head_groups(chunks: int, H: int, limit: int) -> int:
@@ -162,14 +165,14 @@ def ssd_op(
     if T:
         launch = choose_launch(P, N, x_THP.dtype)
         table = make_table(offsets_B1, T, launch)
-        c_TH = decays(dt_TH, A_H, offsets_B1, table, launch)
+        dt_HT, c_HT = decays(dt_TH, A_H, offsets_B1, table, launch)
         state_SHNP = walk(
-            B_TN, x_THP, dt_TH, c_TH, offsets_B1, table, launch, reverse=False, end_BHPN=end_BHPN
+            B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=end_BHPN
         )
         chunks = table.chunks_4Z.shape[1]
         groups = head_groups(chunks, H, limit=H)
         output_kernel[(chunks, groups)](
-            x_THP, dt_TH, c_TH, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, y_THP,
+            x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, y_THP,
             sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), H,
             triton.cdiv(H, groups), N, P, launch.chunk, launch.precision,
             num_warps=launch.output_warps, num_stages=launch.output_stages,
@@ -207,7 +210,7 @@ def ssd_backward_op(
         empty_TN = B_TN.new_empty(T, N)
         return dx_THP, ddt_TH, torch.zeros_like(A_H), empty_TN, empty_TN.clone(), D_H.new_zeros(H)
     table = make_table(offsets_B1, T, launch)
-    c_TH = decays(dt_TH, A_H, offsets_B1, table, launch)
+    dt_HT, c_HT = decays(dt_TH, A_H, offsets_B1, table, launch)
     chunks = table.chunks_4Z.shape[1]
     groups = head_groups(chunks, H, limit=4)
     partial = torch.float32 if groups > 1 else x_THP.dtype
@@ -215,24 +218,24 @@ def ssd_backward_op(
     dC_GTN = torch.empty_like(dB_GTN)
     dA_dD_2ZH = dt_TH.new_empty(2, chunks, H)
     through_ZH = dt_TH.new_empty(chunks, H)
-    q_TH, o_TH, r_TH, s_TH = dt_TH.new_empty(4, T, H)
+    q_HT, o_HT, r_HT, s_HT = dt_TH.new_empty(4, H, T)
     state_SHNP = walk(
-        B_TN, x_THP, dt_TH, c_TH, offsets_B1, table, launch, reverse=False, end_BHPN=None
+        B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=None
     )
     dstate_SHNP = walk(
-        C_TN, dy_THP, dt_TH, c_TH, offsets_B1, table, launch, reverse=True, end_BHPN=dend_BHPN
+        C_TN, dy_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=True, end_BHPN=dend_BHPN
     )
     gradient_kernel[(chunks, groups)](
-        x_THP, dt_TH, c_TH, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, dstate_SHNP,
-        dend_BHPN, dy_THP, dx_THP, q_TH, o_TH, r_TH, s_TH, through_ZH, dB_GTN, dC_GTN, dA_dD_2ZH[1],
+        x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, dstate_SHNP,
+        dend_BHPN, dy_THP, dx_THP, q_HT, o_HT, r_HT, s_HT, through_ZH, dB_GTN, dC_GTN, dA_dD_2ZH[1],
         sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), dy_THP.stride(0), H,
         triton.cdiv(H, groups), N, P, launch.chunk, dend_BHPN is not None, launch.precision,
         num_warps=launch.gradient_warps, num_stages=launch.gradient_stages,
     )  # fmt: skip
-    heads = min(triton.next_power_of_2(H), 32)
+    heads = min(triton.next_power_of_2(H), 16)
     decay_gradient_kernel[(chunks, triton.cdiv(H, heads))](
-        dt_TH, A_H, q_TH, o_TH, r_TH, s_TH, through_ZH, offsets_B1, table.chunks_4Z, ddt_TH,
-        dA_dD_2ZH[0], sequences, chunks, T, H, heads, launch.chunk, num_warps=2,
+        dt_HT, A_H, q_HT, o_HT, r_HT, s_HT, through_ZH, offsets_B1, table.chunks_4Z, ddt_TH,
+        dA_dD_2ZH[0], sequences, chunks, T, H, heads, launch.chunk, num_warps=4,
     )  # fmt: skip
     dA_H, dD_H = dA_dD_2ZH.sum(1).unbind(0)
     if groups > 1:

@@ -53,7 +53,8 @@ def gradient_kernel(
     if sequence < 0:
         return
     start = tl.load(offsets_ptr + sequence) + index * CHUNK
-    end = tokens.to(tl.int64)
+    row = tokens.to(tl.int64)  # of one head in dt, c and what is summed up for ddt
+    end = row
     if sequence < sequences:
         end = tl.load(offsets_ptr + sequence + 1)
     t_Q = tl.arange(0, CHUNK)
@@ -81,14 +82,14 @@ def gradient_kernel(
     mixed_JI = tl.zeros([CHUNK, CHUNK], tl.float32)  # Σ_heads M L dt
     dB_QN = tl.zeros([CHUNK, N], tl.float32)
 
-    last_row = start + tl.minimum(end - start, CHUNK) - 1
+    length = tl.minimum(end - start, CHUNK)
     x_QP_offset = t_Q[:, None] * x_stride + p_P[None, :]
     dy_QP_offset = t_Q[:, None] * dy_stride + p_P[None, :]
     state_NP_offset = n_N[:, None] * P + p_P[None, :]
     state_base = state_ptr + (slot - 1).to(tl.int64) * (H * N * P)
     dstate_base = dstate_ptr + slot.to(tl.int64) * (H * N * P)
     for head in tl.range(first_head, last_head, disable_licm=True):
-        token_head = start * H + head
+        token_row = head * row + start
         x_base = x_ptr + start * x_stride + head * P
         x_QP = tl.load(x_base + x_QP_offset, mask=here_Q[:, None], other=0.0)
         dy_base = dy_ptr + start * dy_stride + head * P
@@ -99,23 +100,23 @@ def gradient_kernel(
             dend_base = dend_ptr + (sequence.to(tl.int64) * H + head) * (N * P)
             dend_ptrs = dend_base + (p_P[None, :] * N + n_N[:, None])
             g_NP += tl.load(dend_ptrs, mask=index == count - 1, other=0.0).to(g_NP.dtype)
-        dt_Q = tl.load(dt_ptr + token_head + t_Q * H, mask=here_Q, other=0.0)
-        c_Q = tl.load(c_ptr + token_head + t_Q * H, mask=here_Q, other=0.0)
-        last = tl.load(c_ptr + last_row * H + head)
+        dt_Q = tl.load(dt_ptr + token_row + t_Q, mask=here_Q, other=0.0)
+        c_Q = tl.load(c_ptr + token_row + t_Q, mask=here_Q, other=0.0)
+        last = tl.load(c_ptr + token_row + length - 1)
 
         L_JI = tl.exp2(tl.minimum(c_Q[None, :] - c_Q[:, None], 0.0))
         M_JI = tl.dot(x_QP, tl.trans(dy_QP), input_precision=PRECISION)
         diagonal_JI = tl.where(t_Q[:, None] == t_Q[None, :], M_JI, 0.0)
         tl.store(dD_ptr + piece * H + head, tl.sum(diagonal_JI))
         SL_JI = S_JI * L_JI
-        tl.store(q_ptr + token_head + t_Q * H, tl.sum(SL_JI * M_JI, 1), mask=here_Q)
+        tl.store(q_ptr + token_row + t_Q, tl.sum(SL_JI * M_JI, 1), mask=here_Q)
         ML_JI = M_JI * L_JI * dt_Q[:, None]
-        tl.store(r_ptr + token_head + t_Q * H, tl.sum(S_JI * ML_JI, 0), mask=here_Q)
+        tl.store(r_ptr + token_row + t_Q, tl.sum(S_JI * ML_JI, 0), mask=here_Q)
         mixed_JI += ML_JI
 
         leaving_Q = tl.exp2(last - c_Q)
         dx_QP = tl.dot(B_QN, g_NP, input_precision=PRECISION) * leaving_Q[:, None]
-        tl.store(o_ptr + token_head + t_Q * H, tl.sum(dx_QP * x_QP, 1), mask=here_Q)
+        tl.store(o_ptr + token_row + t_Q, tl.sum(dx_QP * x_QP, 1), mask=here_Q)
         dx_QP = tl.dot(SL_JI.to(dy_QP.dtype), dy_QP, dx_QP, input_precision=PRECISION)
         dx_QP = dx_QP * dt_Q[:, None] + tl.load(D_ptr + head) * dy_QP
         dx_base = dx_ptr + start * (H * P) + head * P
@@ -128,7 +129,6 @@ def gradient_kernel(
     tl.store(dB_ptr + token_row_QN, dB_QN.to(dB_ptr.dtype.element_ty), mask=here_Q[:, None])
     dC_NQ = tl.dot(tl.trans(B_QN), mixed_JI, input_precision=PRECISION)
 
-    s_base = s_ptr + start * H
     if index > 0:  # the state that came in
         C_NQ = tl.trans(C_QN)
         for head in tl.range(first_head, last_head, disable_licm=True):
@@ -141,14 +141,15 @@ def gradient_kernel(
                 dend_base = dend_ptr + (sequence.to(tl.int64) * H + head) * (N * P)
                 dend_ptrs = dend_base + (p_P[None, :] * N + n_N[:, None])
                 g_NP += tl.load(dend_ptrs, mask=index == count - 1, other=0.0).to(g_NP.dtype)
-            c_Q = tl.load(c_ptr + start * H + head + t_Q * H, mask=here_Q, other=0.0)
-            last = tl.load(c_ptr + last_row * H + head)
+            token_row = head * row + start
+            c_Q = tl.load(c_ptr + token_row + t_Q, mask=here_Q, other=0.0)
+            last = tl.load(c_ptr + token_row + length - 1)
             through = tl.exp2(last) * tl.sum(h_NP.to(tl.float32) * g_NP.to(tl.float32))
             tl.store(through_ptr + piece * H + head, through)
             dC_head_NQ = tl.dot(h_NP, tl.trans(dy_QP), input_precision=PRECISION)
             dC_head_NQ *= tl.exp2(c_Q)[None, :]
             dC_NQ += dC_head_NQ
-            tl.store(s_base + head + t_Q * H, tl.sum(dC_head_NQ * C_NQ, 0), mask=here_Q)
+            tl.store(s_ptr + token_row + t_Q, tl.sum(dC_head_NQ * C_NQ, 0), mask=here_Q)
     dC_ptrs = dC_ptr + tl.trans(token_row_QN)
     tl.store(dC_ptrs, dC_NQ.to(dC_ptr.dtype.element_ty), mask=here_Q[None, :])
 
@@ -172,10 +173,11 @@ def decay_gradient_kernel(
     end = tokens.to(tl.int64)
     if sequence < sequences:
         end = tl.load(offsets_ptr + sequence + 1)
-    offset_QG = start * H + t_Q[:, None] * H + head_G[None, :]
+    ddt_ptrs = ddt_ptr + start * H + t_Q[:, None] * H + head_G[None, :]
+    offset_QG = head_G.to(tl.int64)[None, :] * tokens + start + t_Q[:, None]
     mask_QG = (t_Q < end - start)[:, None] & inside_G[None, :]
     if sequence == sequences:
-        tl.store(ddt_ptr + offset_QG, tl.zeros([CHUNK, HEADS], tl.float32), mask=mask_QG)
+        tl.store(ddt_ptrs, tl.zeros([CHUNK, HEADS], tl.float32), mask=mask_QG)
         return
     dt_QG = tl.load(dt_ptr + offset_QG, mask=mask_QG, other=0.0)
     q_QG = tl.load(q_ptr + offset_QG, mask=mask_QG, other=0.0)
@@ -190,5 +192,5 @@ def decay_gradient_kernel(
     left_QG = dt_QG * o_QG
     da_QG = tl.cumsum(balance_QG, 0, reverse=True) + tl.cumsum(left_QG, 0) - left_QG
     da_QG += through_G[None, :]
-    tl.store(ddt_ptr + offset_QG, q_QG + o_QG + A_G[None, :] * da_QG, mask=mask_QG)
+    tl.store(ddt_ptrs, q_QG + o_QG + A_G[None, :] * da_QG, mask=mask_QG)
     tl.store(dA_ptr + piece * H + head_G, tl.sum(dt_QG * da_QG, 0), mask=inside_G)

@@ -26,7 +26,8 @@ def output_kernel(
     if sequence < 0:
         return
     start = tl.load(offsets_ptr + sequence) + index * CHUNK
-    end = tokens.to(tl.int64)
+    row = tokens.to(tl.int64)  # of one head in dt, c and what is summed up for ddt
+    end = row
     if sequence < sequences:
         end = tl.load(offsets_ptr + sequence + 1)
     q_Q = tl.arange(0, CHUNK)
@@ -59,8 +60,9 @@ def output_kernel(
         state_NP = tl.load(
             state_base + head * (N * P) + n_N[:, None] * P + p_P[None, :], mask=index > 0, other=0.0
         )
-        dt_Q = tl.load(dt_ptr + start * H + head + q_Q * H, mask=here_Q, other=0.0)
-        c_Q = tl.load(c_ptr + start * H + head + q_Q * H, mask=here_Q, other=0.0)
+        token_row = head * row + start
+        dt_Q = tl.load(dt_ptr + token_row + q_Q, mask=here_Q, other=0.0)
+        c_Q = tl.load(c_ptr + token_row + q_Q, mask=here_Q, other=0.0)
         decay_QQ = tl.exp2(tl.minimum(c_Q[:, None] - c_Q[None, :], 0.0))
         mixed_QQ = (S_QQ * decay_QQ * dt_Q[None, :]).to(x_QP.dtype)
         y_QP = tl.dot(C_QN, state_NP, input_precision=PRECISION) * tl.exp2(c_Q)[:, None]

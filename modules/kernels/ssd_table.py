@@ -90,12 +90,15 @@ def fill_table_kernel(
     tl.store(table_ptr + 3 * pieces + z, slot, mask=mask)
 
 
-@triton.jit(do_not_specialize=["sequences", "chunks"])
+@triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def decay_kernel(
-    dt_ptr, A_ptr, offsets_ptr, table_ptr, c_ptr, sequences, chunks, H: tl.constexpr, HEADS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    dt_ptr, A_ptr, offsets_ptr, table_ptr, dt_out_ptr, c_ptr, sequences, chunks, tokens,
+    H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`c_i = log2(e) Σ_{k≤i} dt_k A` inside the chunk, for HEADS heads: exp2(c_i - c_j) decays."""
+    """`c_i = log2(e) Σ_{k≤i} dt_k A` inside the chunk, for HEADS heads: exp2(c_i - c_j) decays.
+
+    c and a copy of dt leave as [H, T]: the later kernels read the tokens of one head at a time.
+    """
     sequence, index, _, _ = piece_row(table_ptr, tl.program_id(0), chunks)
     if sequence < 0 or sequence == sequences:
         return
@@ -103,8 +106,10 @@ def decay_kernel(
     end = tl.load(offsets_ptr + sequence + 1)
     q_Q = tl.arange(0, CHUNK)
     head_G = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    offset_QG = q_Q[:, None] * H + head_G[None, :]
     mask_QG = (q_Q < end - start)[:, None] & (head_G < H)[None, :]
     A_G = tl.load(A_ptr + head_G, mask=head_G < H, other=0.0) * 1.4426950408889634
-    dt_QG = tl.load(dt_ptr + start * H + offset_QG, mask=mask_QG, other=0.0)
-    tl.store(c_ptr + start * H + offset_QG, tl.cumsum(dt_QG * A_G[None, :], 0), mask=mask_QG)
+    dt_ptrs = dt_ptr + start * H + q_Q[:, None] * H + head_G[None, :]
+    dt_QG = tl.load(dt_ptrs, mask=mask_QG, other=0.0)
+    offset_QG = head_G.to(tl.int64)[None, :] * tokens + start + q_Q[:, None]
+    tl.store(dt_out_ptr + offset_QG, dt_QG, mask=mask_QG)
+    tl.store(c_ptr + offset_QG, tl.cumsum(dt_QG * A_G[None, :], 0), mask=mask_QG)

@@ -45,10 +45,10 @@ def spread_heads_rows(value_QG, W: tl.constexpr):
     return tl.reshape(wide, [Q, W])
 
 
-@triton.jit(do_not_specialize=["sequences", "segments"])
+@triton.jit(do_not_specialize=["sequences", "segments", "tokens"])
 def walk_kernel(
     key_ptr, value_ptr, dt_ptr, c_ptr, offsets_ptr, table_ptr, chunk_slot_ptr, state_ptr,
-    boundary_ptr, boundary_decay_ptr, end_ptr, sequences, segments, key_stride: tl.constexpr,
+    boundary_ptr, boundary_decay_ptr, end_ptr, sequences, segments, tokens, key_stride: tl.constexpr,
     value_stride: tl.constexpr, H: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr,
     SEGMENT_CHUNKS: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr,
@@ -80,7 +80,8 @@ def walk_kernel(
     w_W = tl.program_id(1) * W + tl.arange(0, W)
     inside_W = w_W < H * P
     head_G = tl.program_id(1) * W // P + tl.arange(0, G)
-    head = tl.program_id(1) * W // P
+    head_row = (tl.program_id(1) * W // P).to(tl.int64) * tokens
+    head_row_G = head_G.to(tl.int64) * tokens
     q_Q = tl.arange(0, CHUNK)
     state_offset_NW = n_N[:, None] * P + (w_W // P * (N * P) + w_W % P)[None, :]
     end_offset_NW = n_N[:, None] + (w_W * N)[None, :]
@@ -116,21 +117,21 @@ def walk_kernel(
         )  # fmt: skip
         last_row = start + tl.minimum(end - start, CHUNK) - 1
         if G == 1:  # one head: plain vectors
-            c_Q = tl.load(c_ptr + start * H + q_Q * H + head, mask=here_Q, other=0.0)
-            last = tl.load(c_ptr + last_row * H + head)
+            c_Q = tl.load(c_ptr + head_row + start + q_Q, mask=here_Q, other=0.0)
+            last = tl.load(c_ptr + head_row + last_row)
             if REVERSE:
                 weight_Q = tl.exp2(c_Q)
             else:
-                dt_Q = tl.load(dt_ptr + start * H + q_Q * H + head, mask=here_Q, other=0.0)
+                dt_Q = tl.load(dt_ptr + head_row + start + q_Q, mask=here_Q, other=0.0)
                 weight_Q = dt_Q * tl.exp2(last - c_Q)
             weight_QW = weight_Q[:, None]
             state_NW *= tl.exp2(last)
             log_decay_G += last
         else:
-            offset_QG = start * H + q_Q[:, None] * H + head_G[None, :]
+            offset_QG = head_row_G[None, :] + start + q_Q[:, None]
             mask_QG = here_Q[:, None] & (head_G < H)[None, :]
             c_QG = tl.load(c_ptr + offset_QG, mask=mask_QG, other=0.0)
-            last_G = tl.load(c_ptr + last_row * H + head_G, mask=head_G < H, other=0.0)
+            last_G = tl.load(c_ptr + head_row_G + last_row, mask=head_G < H, other=0.0)
             if REVERSE:
                 weight_QG = tl.exp2(c_QG)
             else:

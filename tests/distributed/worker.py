@@ -1,0 +1,128 @@
+"""What one rank of the two-rank tests does; run by 1 process and by torchrun with 2.
+
+Trains on the same global batches whatever the number of ranks, with very different numbers of
+targets a rank, and writes what the ranks then agree on as JSON: python -m tests.distributed.worker
+OUT [CHECKPOINTS].
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.batch import SequenceBatch
+from data.negatives import full_slice
+from data.schema import PADDING_ROW, RESERVED_ROWS
+from modules.encoder import Encoder
+from modules.item_table import ItemTable
+from modules.losses import FullSoftmax, SampledSoftmax
+from modules.recommender import Recommender
+from trainer.checkpoint import RunState, checkpoint_path, load, save
+from trainer.config import TableConfig, TrainerConfig
+from trainer.distributed import World, process_group, quiet_libraries
+from trainer.evaluate import top_items
+from trainer.sharding import Sharded, plan_table, shard
+
+ROWS, WIDTH, TOKENS, NEGATIVES, STEPS = 101, 16, 32, 24, 8
+SHARDINGS = ("row_wise", "table_wise", "column_wise")
+
+
+def main(out: Path, checkpoints: Path | None) -> None:
+    quiet_libraries()
+    results: dict = {}
+    with process_group("cpu") as world:
+        torch.set_num_threads(1)
+        for sharding in SHARDINGS:
+            sharded = build(world, sharding, FullSoftmax(world.rank))
+            results[f"rows {sharding}"] = first_rows(sharded, world)
+            results[f"full {sharding}"] = [step(sharded, world, n, sampled=False) for n in range(8)]
+            results[f"top {sharding}"] = best(sharded, world)
+        sampled = build(world, "row_wise", SampledSoftmax(NEGATIVES, False, True))
+        results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
+        if checkpoints is not None:
+            results |= resume(world, checkpoints)
+        if world.is_main:
+            out.write_text(json.dumps(results))
+
+
+def build(world: World, sharding: str, loss) -> Sharded:
+    table = TableConfig(sharding, "fp32", "adagrad", 0.05, 0.9, 0.98, 1e-8)
+    train = TrainerConfig(
+        "cpu", "fp32", 1, 1e-2, 0.9, 0.98, 0.1, 1.0, "constant", 0, 1, "", 0, "all", 0, 1, 1
+    )
+    torch.manual_seed(1)
+    encoder = Encoder("causal", WIDTH, 1, 4, 8, 2, 4, 0.0, True)
+    recommender = Recommender(ItemTable(ROWS, WIDTH, device=torch.device("meta")), encoder, loss)
+    plan = plan_table(recommender, table, world, TOKENS, ROWS)
+    return shard(recommender, plan, table, train, world, seed=3)
+
+
+def step(sharded: Sharded, world: World, number: int, sampled: bool) -> float:
+    """One step on global batch `number`; the mean loss over all its targets."""
+    batch = global_batch(number % 2, world, sampled)
+    sharded.optimizer.zero_grad()
+    loss = sharded.model(batch)
+    (loss * (world.size / batch.step_targets)).backward()
+    torch.nn.utils.clip_grad_norm_(sharded.dense_parameters, 1.0)
+    sharded.optimizer.step()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return float(total / batch.step_targets)
+
+
+def global_batch(number: int, world: World, sampled: bool) -> SequenceBatch:
+    """This rank's part of the batch: two halves of TOKENS, of 20 and of 5 targets."""
+    random = torch.Generator().manual_seed(number)
+    ids = torch.randint(RESERVED_ROWS, ROWS, (2, TOKENS), generator=random)
+    targets = torch.randint(RESERVED_ROWS, ROWS, (2, TOKENS), generator=random)
+    targets[0, 20:] = PADDING_ROW
+    targets[1, 5:] = PADDING_ROW
+    negatives = torch.randint(RESERVED_ROWS, ROWS, (NEGATIVES,), generator=random)
+    offsets = torch.arange(0, TOKENS + 1, 8)
+    mine = [world.rank] if world.size == 2 else [0, 1]
+    history, wanted = ids[mine].flatten(), targets[mine].flatten()
+    bounds = torch.cat([offsets, *(offsets[1:] + TOKENS * n for n in range(1, len(mine)))])
+    candidates = torch.as_tensor(full_slice(ROWS, world.rank, world.size))
+    log_counts = None
+    if sampled:
+        candidates = torch.cat([negatives, wanted])
+        log_counts = torch.zeros(len(candidates))
+    return SequenceBatch.build(history, candidates, bounds, wanted, None, log_counts, 25.0)
+
+
+def first_rows(sharded: Sharded, world: World) -> list[list[float]]:
+    """The table's rows by lookup, before any step."""
+    ids = torch.arange(ROWS)
+    batch = SequenceBatch.build(ids, ids[:1], torch.tensor([0, ROWS]), ids)
+    with torch.no_grad():
+        return sharded.recommender.table(batch.features)[0].tolist()
+
+
+def best(sharded: Sharded, world: World) -> list[list[int]]:
+    h = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return top_items(sharded.recommender, h, 10, world, ROWS)[0].tolist()
+
+
+def resume(world: World, folder: Path) -> dict[str, list[float]]:
+    """Save after 4 steps where 2 ranks are; load with any number of ranks and another sharding."""
+    results = {}
+    if world.size == 2:
+        sharded = build(world, "row_wise", FullSoftmax(world.rank))
+        for number in range(4):
+            step(sharded, world, number, sampled=False)
+        save(folder, sharded, RunState(step=4), world, "", {})
+    for sharding in ("row_wise", "table_wise"):
+        sharded = build(world, sharding, FullSoftmax(world.rank))
+        step(sharded, world, 9, sampled=False)  # something that the load must overwrite
+        assert load(checkpoint_path(folder, 4), sharded).step == 4
+        results[f"resumed {sharding}"] = [
+            step(sharded, world, number, sampled=False) for number in range(4, STEPS)
+        ]
+    return results
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -1,0 +1,294 @@
+"""Batch scoring as a user runs it, against the model asked one user at a time."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import tools.score_histories as tool
+from data.bundle import Bundle, BundleManifest
+from data.errors import InputError
+from data.log_query import LogRules
+from data.reader import HistoryDataset
+from data.schema import RESERVED_ROWS, Manifest
+from data.scoring import units_of
+from tests.data.datasets import write_dataset
+from tests.trained_run import ITEMS, ROOT, USERS, Trained, trained
+from tools.score_histories import ScoreConfig, score
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def made() -> Trained:
+    return trained()
+
+
+def config(made: Trained, output: Path, **changes) -> ScoreConfig:
+    options = {"bundle": str(made.bundle), "input": str(made.data), "k": 10, "device": "cpu"}
+    return ScoreConfig(**options | {"output": str(output)} | changes)
+
+
+@functools.cache
+def opened(folder: Path) -> Bundle:
+    return Bundle.open(folder, CPU)
+
+
+def scores_of(folder: Path) -> dict[str, tuple[list[str], list[float]]]:
+    found = {}
+    for path in sorted(folder.glob("part-*.parquet")):
+        for row in pq.read_table(path).to_pylist():
+            assert row["user_id"] not in found
+            found[row["user_id"]] = (row["item_ids"], row["scores"])
+    return found
+
+
+def expected_of(made: Trained, histories: dict[str, list[int]], k: int, exclude_seen: bool):
+    """One user at a time, in raw ids; users without a history are left out."""
+    bundle, found = opened(made.bundle), {}
+    for user, items in histories.items():
+        if items:
+            offsets = torch.tensor([0, len(items)])
+            rows, scores = bundle.score(torch.tensor(items), offsets, k, exclude_seen)
+            real = rows[0] >= 0
+            names = [f"i{row}" for row in rows[0][real].tolist()]
+            found[user] = (names, scores[0][real].tolist())
+    return found
+
+
+def assert_same(got: dict, expected: dict) -> None:
+    assert got.keys() == expected.keys()
+    for user, (items, scores) in expected.items():
+        assert got[user][0] == items, user
+        np.testing.assert_allclose(got[user][1], scores, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("upto", "exclude_seen"), [("all", True), ("train", False), ("validation", True)]
+)
+def test_a_data_set_scores_as_one_user_at_a_time(made, tmp_path, upto, exclude_seen):
+    options = {"upto": upto, "exclude_seen": exclude_seen, "batch_tokens": 64, "part_users": 13}
+    summary = score(config(made, tmp_path / "s", **options))
+    seen = {
+        "all": len,
+        "train": lambda one: max(len(one) - 2, 0),
+        "validation": lambda one: max(len(one) - 1, 1),  # a single event is for validation
+    }[upto]
+    histories = {f"u{number}": one[: seen(one)] for number, one in enumerate(made.histories)}
+    expected = expected_of(made, histories, 10, exclude_seen)
+    assert_same(scores_of(tmp_path / "s"), expected)
+    assert summary["users"] == USERS
+    assert summary["users_scored"] == len(expected)
+    assert summary["users_without_history"] == USERS - len(expected)
+    assert summary["events"] == sum(map(len, histories.values()))
+    assert (upto == "train") == (len(expected) < USERS)
+
+
+def test_as_many_items_as_there_are(made, tmp_path):
+    summary = score(config(made, tmp_path / "s", k=ITEMS))
+    for number, history in enumerate(made.histories):
+        items, scores = scores_of(tmp_path / "s")[f"u{number}"]
+        seen = {f"i{item}" for item in history}
+        assert not seen & set(items)
+        assert len(items) == len(set(items)) == ITEMS - len(seen)
+        assert scores == sorted(scores, reverse=True)
+    assert summary["users_short"] == USERS
+
+
+def test_two_processes_divide_the_work_and_agree_with_one(made, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = [f"bundle={made.bundle}", f"input={made.data}", "k=10", "part_users=9"]
+    score(config(made, one))
+    command = [sys.executable, "-m", "tools.score_histories", *options, f"output={two}"]
+    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE
+        )
+        for rank in (1, 0)
+    ]
+    printed = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert printed[0] == b""
+    assert b"users scored" in printed[1]
+    assert_same(scores_of(two), scores_of(one))
+    summary = json.loads((two / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    assert summary["users_scored"] == USERS
+    names = {path.name for path in two.iterdir()}
+    assert names == {"summary.json", *summary["parts"]}
+
+
+def test_a_killed_run_goes_on_with_what_is_missing(made, tmp_path, monkeypatch):
+    whole, output = tmp_path / "whole", tmp_path / "s"
+    score(config(made, whole, part_users=11))
+    calls = []
+
+    def dies(*arguments, **options):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return real(*arguments, **options)
+
+    real = tool.score_unit
+    monkeypatch.setattr(tool, "score_unit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        score(config(made, output, part_users=11))
+    assert not (output / "summary.json").exists()
+    with pytest.raises(InputError, match="unfinished scores of another bundle, input or options"):
+        score(config(made, output, part_users=11, k=9))
+    monkeypatch.setattr(tool, "score_unit", real)
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("part-*")}
+    score(config(made, output, part_users=11))
+    assert len(before) == 3
+    assert all((output / name).stat().st_mtime_ns == when for name, when in before.items())
+    assert_same(scores_of(output), scores_of(whole))
+    assert not (output / "job.json").exists()
+
+
+def write_log(folder: Path, columns: dict[str, str], kind: str = "parquet") -> tuple[Path, dict]:
+    """A shuffled log with unknown items; returns it and the histories in table rows."""
+    random = np.random.default_rng(5)
+    users = random.integers(0, 40, 600)
+    items = random.integers(RESERVED_ROWS, RESERVED_ROWS + ITEMS + 10, 600)
+    items[users == 7] = RESERVED_ROWS + ITEMS  # a user of unknown items alone
+    times = random.integers(0, 50, 600)  # ties keep the input's order
+    table = pa.table(
+        {
+            columns["user"]: [f"user {user}" for user in users],
+            columns["item"]: [f"i{item}" for item in items],
+            columns["time"]: times,
+        }
+    )
+    folder.mkdir()
+    if kind == "csv":
+        pyarrow.csv.write_csv(table, folder / "log.csv")
+    else:
+        pq.write_table(table.slice(0, 250), folder / "a.parquet")
+        pq.write_table(table.slice(250), folder / "b.parquet")
+    histories: dict[str, list[int]] = {}
+    for place in np.argsort(times, kind="stable"):
+        history = histories.setdefault(f"user {users[place]}", [])
+        if items[place] < RESERVED_ROWS + ITEMS:
+            history.append(int(items[place]))
+    return folder, histories
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_raw_log_scores_as_its_histories(made, tmp_path, kind):
+    columns = {"user": "who", "item": "what", "time": "when"}
+    log, histories = write_log(tmp_path / "log", columns, kind)
+    options = {"columns": columns, "part_users": 17, "row_group_events": 100}
+    summary = score(config(made, tmp_path / "s", input=f"{log}/*.{kind}", **options))
+    assert_same(scores_of(tmp_path / "s"), expected_of(made, histories, 10, True))
+    assert summary["events_read"] == 600
+    assert summary["events"] == sum(map(len, histories.values()))
+    assert summary["events_unknown"] == 600 - summary["events"] > 0
+    assert histories["user 7"] == []
+    assert summary["users_without_history"] == 1
+    assert summary["users_scored"] == summary["users"] - 1 == 39
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"summary.json", *summary["parts"]}
+
+
+def test_a_log_is_read_by_the_rules_of_the_bundle(made, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(made.bundle, bundle)
+    manifest = BundleManifest.read(bundle)
+    rules = LogRules(where="rating > 2", deduplicate="user_item").as_options()
+    replace(manifest, data=manifest.data | {"options": rules}).write(bundle)
+    log = pa.table(
+        {
+            "user_id": ["a"] * 5,
+            "item_id": ["i8", "i9", "i8", "i10", "i9"],
+            "timestamp": [1, 2, 3, 4, 5],
+            "rating": [5, 1, 5, 5, 3],
+        }
+    )
+    pq.write_table(log, tmp_path / "log.parquet")
+    source = {"bundle": str(bundle), "input": str(tmp_path / "log.parquet")}
+    summary = score(config(made, tmp_path / "s", **source))
+    assert (summary["events_filtered"], summary["events_duplicate"]) == (1, 1)
+    assert_same(scores_of(tmp_path / "s"), expected_of(made, {"a": [8, 10, 9]}, 10, True))
+
+
+def test_scoring_needs_no_torchrec():
+    """Its import takes seconds, and its fbgemm fits one torch alone."""
+    code = "import tools.score_histories, sys; print({'torchrec', 'modules'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_units_do_not_depend_on_the_number_of_processes(made):
+    units = units_of(HistoryDataset(made.data), 13)
+    assert sum(unit.users for unit in units) == USERS
+    assert len({unit.name for unit in units}) == len(units) == 7  # groups of 30, 30 and 10 users
+
+
+def test_refusals(made, tmp_path):
+    output = tmp_path / "s"
+
+    def refused(match: str, **changes) -> None:
+        with pytest.raises(InputError, match=match):
+            score(config(made, output, **changes))
+        assert not output.exists()
+
+    refused("k=0 must be a whole number, 1 or more", k=0)
+    refused(f"k={ITEMS + 1} is more than the bundle's {ITEMS} items", k=ITEMS + 1)
+    refused("upto=test is unknown", upto="test")
+    refused("exclude_seen=maybe", exclude_seen="maybe")
+    refused("does not exist; make one with trainer.export", bundle=str(tmp_path / "none"))
+    refused("is no bundle", bundle=str(made.data))
+    refused("no file matches input", input=str(tmp_path / "none-*.parquet"))
+    refused("is a URL", input="s3://bucket/log.parquet")
+    log, _ = write_log(tmp_path / "log", {"user": "user_id", "item": "item_id", "time": "t"})
+    refused("upto=train is for a converted data set", input=str(log), upto="train")
+    other = write_dataset(tmp_path / "other", [[8, 9, 10]])
+    refused("number their items differently", input=str(other))
+    (tmp_path / "cut" / "histories").mkdir(parents=True)
+    refused("is not a finished data set", input=str(tmp_path / "cut"))
+
+
+def test_refusals_once_the_output_is_claimed(made, tmp_path):
+    log, _ = write_log(tmp_path / "log", {"user": "user_id", "item": "item_id", "time": "t"})
+    with pytest.raises(InputError, match=r"columns\.time=timestamp is not a column"):
+        score(config(made, tmp_path / "a", input=str(log)))
+    numbers = pa.table({"user_id": [1], "item_id": [5], "timestamp": [1]})
+    pq.write_table(numbers, tmp_path / "numbers.parquet")
+    with pytest.raises(InputError, match="item ids are BIGINT in the log but VARCHAR"):
+        score(config(made, tmp_path / "b", input=str(tmp_path / "numbers.parquet")))
+    strange = pa.table({"user_id": [1], "item_id": ["x"], "timestamp": [1]})
+    pq.write_table(strange, tmp_path / "strange.parquet")
+    with pytest.raises(InputError, match="none of the log's 1 events is of an item"):
+        score(config(made, tmp_path / "c", input=str(tmp_path / "strange.parquet")))
+    # The same output can be used once the command is right.
+    columns = {"user": None, "item": None, "time": "t"}
+    assert score(config(made, tmp_path / "d", input=str(log), columns=columns))
+
+
+def test_an_existing_output_is_kept(made, tmp_path):
+    score(config(made, tmp_path / "s"))
+    with pytest.raises(InputError, match="already exists"):
+        score(config(made, tmp_path / "s"))
+    with pytest.raises(InputError, match=r"holds 'histories' and is no unfinished output"):
+        score(config(made, made.data))
+
+
+def test_a_bundle_of_other_rows_than_its_vocabulary_is_refused(made, tmp_path):
+    assert Manifest.read(made.data).table_rows == RESERVED_ROWS + ITEMS
+    folder = tmp_path / "bundle"
+    shutil.copytree(made.bundle, folder)
+    manifest = BundleManifest.read(folder)
+    replace(manifest, table_rows=manifest.table_rows + 1).write(folder)
+    with pytest.raises(InputError, match="but its vocabulary has"):
+        Bundle.open(folder, CPU)

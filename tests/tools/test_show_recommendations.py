@@ -1,0 +1,106 @@
+"""The look at recommendations: right titles, a table that fits, a page that is safe."""
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data.errors import InputError
+from tests.trained_run import Trained, run_command, trained
+from tools.score_histories import ScoreConfig, score
+from tools.show_recommendations import COLUMNS, ShowConfig, as_page, as_text, views
+
+
+@pytest.fixture(scope="module")
+def made() -> Trained:
+    return trained()
+
+
+@pytest.fixture(scope="module")
+def scores(made, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("scores") / "s"
+    options = {"bundle": str(made.bundle), "input": str(made.data), "device": "cpu"}
+    score(ScoreConfig(**options, output=str(output), k=12, part_users=20))
+    return output
+
+
+def write_items(folder: Path) -> Path:
+    """Titles that are long, hostile, wide, or missing (i9)."""
+    titles = {f"i{row}": f"Film {row}" for row in range(8, 58)}
+    titles |= {
+        "i10": "A very long title " * 8,
+        "i11": "<script>alert('x')</script> & co",
+        "i9": None,
+    }
+    path = folder / "items.parquet"
+    pq.write_table(pa.table({"item_id": list(titles), "title": list(titles.values())}), path)
+    return path
+
+
+def config(made: Trained, scores: Path, **changes) -> ShowConfig:
+    return ShowConfig(**{"scores": str(scores), "histories": str(made.data)} | changes)
+
+
+def test_shows_the_newest_history_and_the_best_items_by_title(made, scores, tmp_path):
+    items = str(write_items(tmp_path))
+    chosen = ["u5", "u61"]
+    shown = views(config(made, scores, users=chosen, items=items, items_shown=4))
+    assert [view.user for view in shown] == chosen
+    for view in shown:
+        history = made.histories[int(view.user[1:])]
+        assert view.events == len(history)
+        assert len(view.history) == min(4, len(history))
+        assert len(view.recommended) == 4
+        for title, row in zip(view.history, history[-4:], strict=True):
+            special = {9: "i9", 10: "A very long", 11: "<script>"}
+            assert title.startswith(special.get(row, f"Film {row}"))
+
+
+def test_random_users_depend_on_the_seed_alone(made, scores):
+    drawn = [[v.user for v in views(config(made, scores, users=6, seed=n))] for n in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 6
+    assert len(views(config(made, scores, users=1000))) == len(made.histories)
+
+
+def test_the_table_fits_and_the_page_escapes_everything(made, scores, tmp_path):
+    items = str(write_items(tmp_path))
+    shown = views(config(made, scores, users=1000, items=items))
+    lines = [line for view in shown for line in as_text(view)]
+    assert max(map(len, lines)) == COLUMNS
+    page = as_page(shown)
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; co" in page
+    assert not re.search(r"(src|href|url|@import)\s*[=(]", page)
+    assert page.count("<section>") == page.count("</section>") == len(shown)
+
+
+def test_command_prints_and_writes(made, scores, tmp_path):
+    output = tmp_path / "look.html"
+    printed = run_command(
+        "tools.show_recommendations",
+        f"scores={scores}",
+        f"histories={made.data}",
+        f"items={write_items(tmp_path)}",
+        f"output={output}",
+        "users=[u3,u4]",
+    )
+    assert "user u3" in printed
+    assert max(map(len, printed.splitlines())) <= max(COLUMNS, len(f"written to {output}"))
+    assert "User u4" in output.read_text()
+
+
+def test_refusals(made, scores, tmp_path):
+    with pytest.raises(InputError, match="user nobody is not among the scores"):
+        views(config(made, scores, users=["nobody"]))
+    with pytest.raises(InputError, match="holds no finished scores"):
+        views(config(made, tmp_path))
+    with pytest.raises(InputError, match="does not exist"):
+        views(config(made, scores, items=str(tmp_path / "none.parquet")))
+    pq.write_table(pa.table({"item_id": ["i8"], "name": ["x"]}), tmp_path / "items.parquet")
+    with pytest.raises(InputError, match="has no column title, only item_id, name"):
+        views(config(made, scores, items=str(tmp_path / "items.parquet")))
+    with pytest.raises(InputError, match="users=0 must be 1 or more"):
+        config(made, scores, users=0)

@@ -1,0 +1,66 @@
+"""The config's checks: each names the key, the value and the limit."""
+
+from dataclasses import replace
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from configs.command import CONFIGS
+from data.errors import InputError
+from trainer.config import Config
+
+EXPERIMENTS = sorted(one.stem for one in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", ["data.path=D", "run_dir=R", *overrides])
+    return Config.of(OmegaConf.to_container(config, resolve=True))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_valid(name):
+    assert composed(f"experiment={name}").run_dir == "R"
+
+
+def test_small_numbers_in_yaml_are_numbers():
+    assert composed("embedding.eps=1e-8").embedding.eps == 1e-8
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.kind=lstm", "model.kind=lstm is unknown; it is one of bidirectional, causal"),
+        ("model.layers=0", "model.layers=0 is below its least value 1"),
+        ("model.layers=two", "model.layers='two' is not of type int"),
+        ("model.head=48", "model.head=48 does not divide the inner width expand . width = 512"),
+        ("model.width=62", "model.width=62 is no multiple of 4|model.head"),
+        ("model.dropout=1.0", r"model.dropout=1.0 is outside \[0, 1\)"),
+        ("+model.depth=3", "model.depth is no key of the config"),
+        ("model=bidirectional", "train it with data=prefixes"),
+        ("data.overlap_tokens=16384", "must be below data.batch_tokens=16384"),
+        ("loss.kind=sampled", "loss.negatives=0 with loss.kind=sampled; draw at least 1"),
+        ("trainer.learning_rate=0", "trainer.learning_rate=0.0 must be above 0"),
+        ("trainer.monitor=test.filtered.hr@10", "is no validation figure"),
+        ("trainer.monitor=validation.filtered.hr@5", "ends in hr@5; it is one of hr@10"),
+        ("seed=-1", r"seed=-1 is outside \[0, 2.31\)"),
+    ],
+)
+def test_what_cannot_be_is_refused(override, message):
+    with pytest.raises(InputError, match=message):
+        composed(override)
+
+
+def test_broken_combinations():
+    with pytest.raises(InputError, match="broken in FBGEMM; use partial_rowwise_adam"):
+        composed("embedding.optimizer=adam", "embedding.dtype=fp16")
+    with pytest.raises(InputError, match="windows is for data.samples=histories; use truncate"):
+        composed("data=prefixes", "data.long_history=windows")
+
+
+def test_config_is_frozen():
+    config = composed()
+    with pytest.raises(AttributeError):
+        config.seed = 2  # type: ignore[misc]
+    assert replace(config, seed=2).seed == 2

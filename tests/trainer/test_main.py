@@ -1,0 +1,200 @@
+"""The training command as users run it: two ranks, killed and resumed, over two hosts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.schema import RESERVED_ROWS
+from tests.conftest import ROOT
+from tests.data.datasets import write_dataset
+from trainer.checkpoint import FOLDER, list_checkpoints
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TINY = [
+    "model.width=16",
+    "model.state=8",
+    "model.head=8",
+    "model.layers=1",
+    "data.batch_tokens=64",
+    "embedding.optimizer=rowwise_adagrad",
+    "embedding.learning_rate=0.05",
+    "trainer.warmup_steps=2",
+    "trainer.patience=0",
+    "trainer.log_every_steps=1",
+    "trainer.checkpoint_every_steps=5",
+    "trainer.keep_checkpoints=50",
+    "trainer.max_epochs=4",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Users who walk round a ring of 30 items: easy to predict, and popularity knows nothing."""
+    random = np.random.default_rng(0)
+    histories = []
+    for length in random.integers(5, 30, 80):
+        start = int(random.integers(30))
+        histories.append([RESERVED_ROWS + (start + step) % 30 for step in range(length)])
+    return write_dataset(tmp_path_factory.mktemp("ring"), histories, row_group_users=20)
+
+
+def start(arguments: list[str], ranks: int = 2, extra: tuple[str, ...] = ()) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*TORCHRUN, f"--nproc_per_node={ranks}", *extra, "trainer/main.py", *TINY, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill(argument: str) -> None:
+    """SIGKILL to torchrun and its ranks, which have sessions of their own: all that were started
+    with this in their arguments."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                command = (folder / "cmdline").read_text()
+            except OSError:
+                continue
+            if argument in command and "trainer/main.py" in command:
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
+def losses(output: str) -> dict[int, str]:
+    """Loss by step of the log lines."""
+    lines = [line.split() for line in output.splitlines() if line.startswith("step ")]
+    return {int(one[1].replace(",", "")): one[3] for one in lines if one[2] == "loss"}
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> tuple[Path, dict[int, str]]:
+    """A run of two ranks that nothing disturbs."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    output = finish(start([f"data.path={data}", f"run_dir={run_dir}"]))
+    return run_dir, losses(output)
+
+
+def test_run_folder_holds_what_the_readme_says(straight):
+    run_dir, by_step = straight
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == max(by_step)
+    assert summary["world_size"] == 2
+    assert set(summary["test"]["filtered"]) == set(summary["popularity"]["test"]["unfiltered"])
+    assert summary["test"]["unfiltered"]["hr@10"] > 1.5 * (
+        summary["popularity"]["test"]["unfiltered"]["hr@10"]
+    )
+    assert "SSD4Rec" in (run_dir / "report.md").read_text()
+    assert list((run_dir / "tensorboard").iterdir())
+    assert (run_dir / "config.yaml").exists()
+    assert {one.name for one in (run_dir / FOLDER).iterdir()} == {
+        one.name for one in list_checkpoints(run_dir)
+    }
+
+
+def test_killed_run_resumes_with_the_same_losses(data, straight, tmp_path):
+    _, expected = straight
+    arguments = [f"data.path={data}", f"run_dir={tmp_path}"]
+    process = start(arguments)
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    kill(str(tmp_path))
+    process.communicate()
+    saved = [int(one.name.removeprefix("step-")) for one in list_checkpoints(tmp_path)]
+    assert saved
+    assert max(saved) < max(expected), "killed too late to test anything"
+    assert not (tmp_path / "summary.json").exists()
+
+    resumed = losses(finish(start(arguments)))
+    assert min(resumed) == max(saved) + 1
+    assert resumed == {step: loss for step, loss in expected.items() if step > max(saved)}
+
+
+def test_resume_with_another_config_is_refused(data, straight):
+    run_dir, _ = straight
+    done = start([f"data.path={data}", f"run_dir={run_dir}", "model.dropout=0.5", "seed=9"])
+    output, _ = done.communicate(timeout=120)
+    assert done.returncode != 0
+    assert "another config (model.dropout was 0.2, now 0.5; seed was 1, now 9)" in output
+
+
+def test_two_hosts_of_one_process_each(data, straight, tmp_path):
+    _, expected = straight
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [f"data.path={data}", f"run_dir={tmp_path}", "trainer.max_epochs=1"]
+    hosts = [
+        start(
+            arguments,
+            ranks=1,
+            extra=(
+                "--nnodes=2",
+                f"--node_rank={rank}",
+                "--master_addr=127.0.0.1",
+                f"--master_port={port}",
+            ),
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [finish(host) for host in hosts]
+    by_step = losses(outputs[0])
+    last = max(by_step)  # where the longer run goes on with the next epoch's packs
+    assert last > 5
+    for step in range(1, last):
+        assert by_step[step] == expected[step]
+    assert not losses(outputs[1]), "only rank 0 speaks"
+    assert json.loads((tmp_path / "summary.json").read_text())["world_size"] == 2
+
+
+def test_dry_run_plans_and_writes_nothing(data, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "trainer/main.py", *TINY, f"data.path={data}", "dry_run=true"]
+    done = subprocess.run(
+        [*command, f"run_dir={run_dir}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 0: rows 0 to 38, columns 0 to 16" in done.stdout
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.path=/nowhere", "run_dir=R"], "data set /nowhere does not exist"),
+        (["run_dir=R"], "missing on the command line: data.path=…"),
+        (["data.path=a(b", "run_dir=R"], "cannot read the argument 'data.path=a(b'"),
+        (["data.path=D", "run_dir=R", "trainer.device=cuda"], "torch sees no GPU"),
+    ],
+)
+def test_user_errors_are_one_sentence(arguments, message):
+    done = subprocess.run(
+        [sys.executable, "trainer/main.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
