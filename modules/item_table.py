@@ -31,6 +31,7 @@ class ItemTable(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        self.rows, self.width = rows, width
         config = EmbeddingConfig(
             name=TABLE,
             num_embeddings=rows,

@@ -45,13 +45,9 @@ class FullSoftmax(nn.Module):
         targets_N = all_gather(targets_S)
         bias_C = torch.zeros_like(candidates_C, dtype=torch.float32)
         bias_C = bias_C.masked_fill(candidates_C < RESERVED_ROWS, -torch.inf)
-        lse_N = candidate_logsumexp(h_ND, c_CD, bias_C)
-
         place_N = targets_N - self.rank * candidates_C.numel()
-        here_N = (place_N >= 0) & (place_N < candidates_C.numel())
-        row_ND = c_CD[place_N.where(here_N, 0)]
-        target_N = _products(h_ND, row_ND).where(here_N, 0.0)
-
+        here_N = (place_N >= 0) & (place_N < candidates_C.numel()) & (targets_N != PADDING_ROW)
+        lse_N, target_N = candidate_logsumexp(h_ND, c_CD, bias_C, place_N=place_N.where(here_N, -1))
         lse_S = torch.logsumexp(all_to_all(lse_N).view(world_size(), -1), dim=0)
         target_S = all_to_all(target_N).view(world_size(), -1).sum(0)
         return (lse_S - target_S).where(targets_S != PADDING_ROW, 0.0).sum()
@@ -81,7 +77,9 @@ class SampledSoftmax(nn.Module):
         """The sum of the losses of this rank's targets, fp32 scalar."""
         if log_counts_C is None:
             raise ValueError("sampled softmax needs the candidates' log counts")
-        target_S = _products(h_SD, c_CD[self.negatives :])
+        own_SD = c_CD[self.negatives :]
+        kind = _accumulator(h_SD)
+        target_S = (h_SD.to(kind) * own_SD.to(kind)).sum(-1)
         if not self.in_batch:
             c_CD = c_CD[: self.negatives]
             candidates_C, log_counts_C = (
@@ -90,7 +88,7 @@ class SampledSoftmax(nn.Module):
             )
         bias_C = -log_counts_C if self.logq else torch.zeros_like(log_counts_C)
         bias_C = bias_C.masked_fill(candidates_C < RESERVED_ROWS, -torch.inf)
-        lse_S = candidate_logsumexp(h_SD, c_CD, bias_C, candidates_C, targets_S)
+        lse_S, _ = candidate_logsumexp(h_SD, c_CD, bias_C, candidates_C, targets_S)
         return F.softplus(lse_S - target_S).where(targets_S != PADDING_ROW, 0.0).sum()
 
 
@@ -100,39 +98,48 @@ def candidate_logsumexp(
     bias_C: Tensor,
     candidates_C: Tensor | None = None,
     targets_N: Tensor | None = None,
+    place_N: Tensor | None = None,
     logit_bytes: int = LOGIT_BYTES,
-) -> Tensor:
-    """log sum_c exp(h . c + bias_c), fp32 [N], never holding more than `logit_bytes` of logits.
+) -> tuple[Tensor, Tensor]:
+    """(log sum_c exp(h . c + bias_c), the logit at `place_N`), fp32 [N] each.
 
-    With `candidates_C` and `targets_N` a candidate that is the position's own target is left out.
-    Products are taken in the autocast dtype. Where all logits fit they are kept for the backward
-    pass, otherwise each chunk of positions is computed again there.
+    Never holds more than `logit_bytes` of logits. With `candidates_C` and `targets_N` a candidate
+    that is the position's own target is left out of the sum. `place_N` is the target's place among
+    the candidates; where it is -1, or not given, the second answer is 0. Products are taken in the
+    autocast dtype. Where all logits fit they are kept for the backward pass, otherwise each chunk
+    of positions is computed again there.
     """
     if torch.is_autocast_enabled(h_ND.device.type):
         kind = torch.get_autocast_dtype(h_ND.device.type)
         h_ND, c_CD = h_ND.to(kind), c_CD.to(kind)
     chunk = max(1, logit_bytes // (4 * max(1, c_CD.shape[0])))
-    return _CandidateLogSumExp.apply(h_ND, c_CD, bias_C, candidates_C, targets_N, chunk)
+    return _CandidateLogSumExp.apply(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, chunk)
 
 
 class _CandidateLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, h_ND, c_CD, bias_C, candidates_C, targets_N, chunk: int
-    ) -> Tensor:
+        ctx: Any, h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         lse_N = h_ND.new_empty(h_ND.shape[0], dtype=_accumulator(h_ND))
+        target_N = torch.zeros_like(lse_N)
         logits = None
         for rows in _chunks(h_ND.shape[0], chunk):
             logits = _logits(h_ND[rows], c_CD, bias_C, candidates_C, targets_N, rows)
             lse_N[rows] = torch.logsumexp(logits, dim=-1)
+            if place_N is not None:
+                here, place = place_N[rows] >= 0, place_N[rows].clamp(min=0)
+                target_N[rows] = logits.gather(1, place[:, None])[:, 0].where(here, 0.0)
         kept = logits if h_ND.shape[0] <= chunk else None
-        ctx.save_for_backward(h_ND, c_CD, bias_C, candidates_C, targets_N, lse_N, kept)
+        ctx.save_for_backward(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, lse_N, kept)
         ctx.chunk = chunk
-        return lse_N
+        return lse_N, target_N
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
-        h_ND, c_CD, bias_C, candidates_C, targets_N, lse_N, kept = ctx.saved_tensors
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient_N: Tensor, target_gradient_N: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, lse_N, kept = ctx.saved_tensors
         dh_ND = torch.empty_like(h_ND)
         dc_CD = torch.zeros_like(c_CD, dtype=lse_N.dtype)
         lse_N = lse_N.nan_to_num(neginf=0.0)  # no rivals at all: every weight is exp(-inf) = 0
@@ -141,20 +148,18 @@ class _CandidateLogSumExp(torch.autograd.Function):
             if logits is None:
                 logits = _logits(h_ND[rows], c_CD, bias_C, candidates_C, targets_N, rows)
             weights = (logits - lse_N[rows, None]).exp_().mul_(gradient_N[rows, None])
+            if place_N is not None:
+                here, place = place_N[rows] >= 0, place_N[rows].clamp(min=0)
+                at_target = target_gradient_N[rows].where(here, 0.0)
+                weights.scatter_add_(1, place[:, None], at_target[:, None])
             weights = weights.to(h_ND.dtype)
             dh_ND[rows] = weights @ c_CD
             dc_CD.add_((weights.T @ h_ND[rows]).to(dc_CD.dtype))
-        return dh_ND, dc_CD.to(c_CD.dtype), None, None, None, None
+        return dh_ND, dc_CD.to(c_CD.dtype), None, None, None, None, None
 
 
 def _chunks(total: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
-
-
-def _products(h_ND: Tensor, c_ND: Tensor) -> Tensor:
-    """h . c of each row, in fp32 or better."""
-    kind = _accumulator(h_ND)
-    return (h_ND.to(kind) * c_ND.to(kind)).sum(-1)
 
 
 def _accumulator(h_ND: Tensor) -> torch.dtype:

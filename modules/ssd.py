@@ -11,18 +11,9 @@ which is the recurrence h_i = exp(dt_i A) h_{i-1} + dt_i x_i B_i^T, y_i = h_i C_
 anew with every sequence (Dao and Gu, "Transformers are SSMs", arXiv 2405.21060, section 6).
 """
 
-import functools
-import importlib
-import importlib.machinery
-import sys
-import types
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from data.errors import InputError
 
 
 def sequence_of_tokens(offsets_B1: Tensor, tokens: int) -> Tensor:
@@ -124,22 +115,12 @@ def ssd(
     D_H: Tensor,
     offsets_B1: Tensor,
 ) -> Tensor:
-    """`ssd_reference` on CPU; on CUDA the same sum by mamba-ssm's Triton kernels."""
+    """`ssd_reference` on CPU; on CUDA the same sum by our Triton kernels, in the dtype of `x`."""
     if not x_THP.is_cuda:
         return ssd_reference(x_THP, dt_TH, A_H, B_TN, C_TN, D_H, offsets_B1)
-    sequence_T = sequence_of_tokens(offsets_B1, x_THP.shape[0])
-    y_THP = _mamba_scan()(
-        x_THP.unsqueeze(0),
-        dt_TH.unsqueeze(0),
-        A_H,
-        B_TN.unsqueeze(1).unsqueeze(0),
-        C_TN.unsqueeze(1).unsqueeze(0),
-        chunk_size=MAMBA_CHUNK,
-        D=D_H,
-        seq_idx=sequence_T.int().unsqueeze(0),
-    ).squeeze(0)
-    padding_T = sequence_T == offsets_B1.shape[0] - 1
-    return y_THP.masked_fill(padding_T.view(-1, 1, 1), 0.0)
+    from modules.kernels.ssd import ssd_triton  # Triton is there only where a GPU is
+
+    return ssd_triton(x_THP, dt_TH, A_H, B_TN, C_TN, D_H, offsets_B1)
 
 
 def causal_conv(
@@ -147,26 +128,3 @@ def causal_conv(
 ) -> Tensor:
     """`causal_conv_reference`, the one form there is."""
     return causal_conv_reference(x_TE, weight_EK, bias_E, position_T)
-
-
-MAMBA_CHUNK = 256
-
-
-@functools.cache
-def _mamba_scan() -> Callable[..., Tensor]:
-    """mamba-ssm's `mamba_chunk_scan_combined`, without running the package's `__init__`.
-
-    That imports selective_scan_cuda, transformers and huggingface_hub, none of which the Triton
-    kernels need. An empty package registered under its name, whose path is the installed folder,
-    lets the submodules import as they are.
-    """
-    if "mamba_ssm" not in sys.modules:
-        spec = importlib.machinery.PathFinder.find_spec("mamba_ssm")
-        if spec is None or spec.submodule_search_locations is None:
-            raise InputError("mamba-ssm is not installed; `make install-cuda` installs it")
-        package = types.ModuleType("mamba_ssm")
-        package.__path__ = list(spec.submodule_search_locations)
-        package.__spec__ = spec
-        sys.modules["mamba_ssm"] = package
-    module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-    return module.mamba_chunk_scan_combined

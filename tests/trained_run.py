@@ -9,13 +9,23 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.log_query import LogRules
 from data.schema import RESERVED_ROWS, Manifest
 from tests.data.datasets import random_histories, write_dataset
 from trainer.export import ExportConfig, export
 
 ROOT = Path(__file__).resolve().parent.parent
 ITEMS, USERS = 50, 70
+LOG_RULES = {  # data.log_query.LogRules as the converter leaves them, without importing DuckDB
+    "user": "user_id",
+    "item": "item_id",
+    "time": "timestamp",
+    "features": [],
+    "where": None,
+    "deduplicate": "none",
+    "csv_delimiter": None,
+    "csv_types": {},
+    "ties": "input_order",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ def trained() -> Trained:
         folder / "data", histories, row_group_users=30, table_rows=RESERVED_ROWS + ITEMS
     )
     manifest = Manifest.read(data)
-    replace(manifest, options=LogRules().as_options()).write(data)  # as the converter leaves them
+    replace(manifest, options={"log": LOG_RULES}).write(data)
     options = [
         f"data.path={data}",
         f"run_dir={folder / 'run'}",

@@ -27,11 +27,12 @@ from data.errors import InputError
 from data.log_files import LogFiles, find_files
 from data.reader import HistoryDataset
 from data.schema import HISTORIES, MANIFEST, VOCABULARY, Manifest
-from data.score_input import GroupingLimits, group_log, rules_for
 from data.score_output import ScoreFolder, summarise
 from data.scoring import UPTO, Unit, score_unit, units_of
 from tools.stages import print_table
 
+# A batch's temporaries should stay in a CPU's cache, and a GPU wants many tokens at once.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 GROUPED = "grouped"  # a raw log's histories, inside the output while it is unfinished
 
 
@@ -45,7 +46,7 @@ class ScoreConfig:
     k: int = 100
     exclude_seen: bool = True
     upto: str = "all"
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     device: str = "auto"
     part_users: int = 8192
     columns: dict[str, str | None] = field(default_factory=dict)
@@ -56,9 +57,11 @@ class ScoreConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"k": 1, "batch_tokens": 1, "part_users": 1, "row_group_events": 1}
+        least = {"k": 1, "batch_tokens": 1, "part_users": 1, "row_group_events": 1, "threads": 1}
         for name, minimum in (least | {"max_bad_rows": 0}).items():
             value = getattr(self, name)
+            if name in ("batch_tokens", "threads") and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise InputError(f"{name}={value} must be a whole number, {minimum} or more")
         if not isinstance(self.exclude_seen, bool):
@@ -136,8 +139,7 @@ def _score(
     if files is not None:
         dataset_folder = folder.path / GROUPED
         if place.rank == 0 and not dataset_folder.exists():
-            rules = rules_for(bundle.manifest.data["options"], config.columns, **_csv(config))
-            group_log(files, rules, bundle, dataset_folder, _limits(config))
+            _group(config, files, bundle, dataset_folder)
         folder.wait_for(dataset_folder / MANIFEST)
         log_counts = Manifest.read(dataset_folder).counts
     dataset = HistoryDataset(dataset_folder)
@@ -183,7 +185,7 @@ def _score_units(
                 upto=config.upto,
                 k=config.k,
                 exclude_seen=config.exclude_seen,
-                batch_tokens=config.batch_tokens,
+                batch_tokens=config.batch_tokens or BATCH_TOKENS[place.device.type],
                 done=bar.update,
             )
             folder.write(unit.name, table)
@@ -219,17 +221,20 @@ def _job(config: ScoreConfig, bundle: Bundle, files: LogFiles | None) -> dict[st
     return {"bundle": bundle.manifest.fingerprint, "input": source, **options}
 
 
-def _csv(config: ScoreConfig) -> dict[str, Any]:
-    return {
-        "csv_delimiter": config.csv.get("delimiter"),
-        "csv_types": config.csv.get("types") or {},
-    }
+def _group(config: ScoreConfig, files: LogFiles, bundle: Bundle, folder: Path) -> None:
+    # Scoring a data set needs no DuckDB, which not every machine with a GPU has.
+    from data.score_input import GroupingLimits, group_log, rules_for
 
-
-def _limits(config: ScoreConfig) -> GroupingLimits:
-    return GroupingLimits(
+    rules = rules_for(
+        bundle.manifest.data["options"],
+        config.columns,
+        config.csv.get("delimiter"),
+        config.csv.get("types"),
+    )
+    limits = GroupingLimits(
         config.max_bad_rows, config.row_group_events, config.memory_limit, config.threads
     )
+    group_log(files, rules, bundle, folder, limits)
 
 
 def _report(summary: dict[str, Any], output: str) -> None:

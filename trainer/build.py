@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from data.batch import SequenceBatch
 from data.errors import InputError
 from data.evaluation import EvaluationBatches
 from data.loader import TrainingSteps
@@ -16,7 +17,7 @@ from data.negatives import Candidates, FullCandidates, SampledCandidates
 from data.packing import default_max_sequences
 from data.reader import HistoryDataset
 from data.samples import Objective, SampleRule, Split
-from data.schema import MANIFEST, write_atomically
+from data.schema import MANIFEST, RESERVED_ROWS, write_atomically
 from data.vocabulary import Vocabulary
 from modules.encoder import Encoder
 from modules.item_table import ItemTable
@@ -38,6 +39,7 @@ FREE_KEYS = {
     "trainer.keep_checkpoints",
     "trainer.checkpoint_every_steps",
     "trainer.log_every_steps",
+    "trainer.cuda_graphs",
 }
 
 
@@ -118,6 +120,24 @@ def candidate_count(config: Config, table_rows: int, world: World) -> int:
     causal = config.data.samples == "histories"
     reads = config.data.batch_tokens if causal else config.data.max_sequences or 1
     return config.loss.negatives + reads
+
+
+def sample_batch(config: Config, drawn: Candidates) -> SequenceBatch:
+    """A batch of the run's shapes, of one-token histories: what CUDA graphs are captured on."""
+    tokens, sequences = config.data.batch_tokens, config.data.max_sequences or 1
+    offsets_B1 = torch.arange(sequences + 1).clamp(max=tokens)
+    reads = None if config.data.samples == "histories" else offsets_B1[:-1].clamp(max=tokens - 1)
+    targets_S = torch.full((tokens if reads is None else sequences,), RESERVED_ROWS)
+    candidates_C, log_counts_C = drawn.for_pack(0, targets_S.numpy())
+    return SequenceBatch.build(
+        torch.full((tokens,), RESERVED_ROWS),
+        torch.as_tensor(candidates_C),
+        offsets_B1,
+        targets_S,
+        reads,
+        None if log_counts_C is None else torch.as_tensor(log_counts_C),
+        float(len(targets_S)),
+    )
 
 
 def training_steps(

@@ -64,6 +64,7 @@ class DataConfig:
 class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16"]
+    cuda_graphs: bool
     max_epochs: int
     learning_rate: float
     beta1: float

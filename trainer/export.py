@@ -56,7 +56,7 @@ class ExportConfig:
     checkpoint: str
     output: str
     rows: str = "fp32"
-    data: str | None = None
+    data_path: str | None = None
     min_agreement: float = 0.95
     block_bytes: int = 1 << 28
     overwrite: bool = False
@@ -89,7 +89,7 @@ def export(config: ExportConfig) -> BundleManifest:
     Raises InputError where the checkpoint, its data set or the output cannot be used, and where
     the bundle disagrees with the trainer by more than `min_agreement` allows.
     """
-    source = open_source(Path(config.checkpoint), config.data)
+    source = open_source(Path(config.checkpoint), config.data_path)
     encoder = load_encoder(source)
     with new_folder(Path(config.output), TOP_LEVEL, config.overwrite) as folder:
         (folder / MODEL).write_bytes(scripted(encoder))
@@ -115,10 +115,10 @@ def open_source(path: Path, data: str | None) -> Source:
     if not (place / MANIFEST).exists():
         raise InputError(
             f"the data set {place} that the run trained on is not there; name its new place with "
-            "data=DIR"
+            "data_path=DIR"
         )
     if hashlib.sha256((place / MANIFEST).read_bytes()).hexdigest() != config["data_sha256"]:
-        raise InputError(f"{place} is not the data set that {folder} was trained on; give data=DIR")
+        raise InputError(f"{place} is not the data set that {folder} was trained on; give data_path=DIR")
     dataset, table = Manifest.read(place), StoredTable(folder)
     if table.rows != dataset.table_rows:
         raise InputError(

@@ -83,13 +83,14 @@ def train_step(run: Run, step: Step, number: int) -> Tensor:
     """
     seed_step(run.seed, number, run.world.rank)
     batch = step.batch.to(run.world.device, non_blocking=True)
-    run.sharded.optimizer.zero_grad()
+    # Not zeroed in place: a captured graph returns its own buffers, which would add to themselves.
+    run.sharded.optimizer.zero_grad(set_to_none=True)
     loss = run.sharded.model(batch)
     (loss * (run.world.size / batch.step_targets)).backward()
     if run.config.clip_norm:
         torch.nn.utils.clip_grad_norm_(run.sharded.dense_parameters, run.config.clip_norm)
     run.sharded.optimizer.step()
-    return loss.detach()
+    return loss.detach().clone()  # a captured graph writes the next step's loss in the same place
 
 
 class Rates:

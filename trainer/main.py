@@ -60,6 +60,8 @@ def main(plain: dict[str, Any]) -> None:
 
         newest = checkpoint.list_checkpoints(run_dir)[-1:]
         text = build.prepare_run_folder(config, run_dir, dataset, world, resumes=bool(newest))
+        if config.trainer.cuda_graphs and world.device.type == "cuda":
+            model.capture(build.sample_batch(config, drawn).to(world.device))
         sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
         state = RunState()
         if newest:

@@ -33,6 +33,8 @@ def report(summary: dict[str, Any]) -> str:
             f"| {one['step']:,} | {one['seconds']:.0f} | {one['filtered']['ndcg@10']:.4f} "
             f"| {one['unfiltered']['ndcg@10']:.4f} |"
         )
+    first = summary["seconds_to_first_step"]  # null where a finished run was only evaluated again
+    started = "" if first is None else f", first step after {first:.0f} s"
     versions = ", ".join(f"{name} {one}" for name, one in summary["versions"].items())
     lines += [
         "",
@@ -40,8 +42,8 @@ def report(summary: dict[str, Any]) -> str:
         "",
         f"Best step {summary['best_step']:,} of {summary['steps']:,} ({summary['epochs']:.1f} "
         f"epochs), {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s on "
-        f"{summary['world_size']} x {summary['device']}, first step after "
-        f"{summary['seconds_to_first_step']:.0f} s, seed {summary['seed']}; {versions}.",
+        f"{summary['world_size']} x {summary['device']}{started}, seed {summary['seed']}; "
+        f"{versions}.",
         "",
     ]
     return "\n".join(lines)

@@ -50,7 +50,7 @@ def main(out: Path, checkpoints: Path | None) -> None:
 def build(world: World, sharding: str, loss) -> Sharded:
     table = TableConfig(sharding, "fp32", "adagrad", 0.05, 0.9, 0.98, 1e-8)
     train = TrainerConfig(
-        "cpu", "fp32", 1, 1e-2, 0.9, 0.98, 0.1, 1.0, "constant", 0, 1, "", 0, "all", 0, 1, 1
+        "cpu", "fp32", False, 1, 1e-2, 0.9, 0.98, 0.1, 1.0, "constant", 0, 1, "", 0, "all", 0, 1, 1
     )
     torch.manual_seed(1)
     encoder = Encoder("causal", WIDTH, 1, 4, 8, 2, 4, 0.0, True)

@@ -187,8 +187,8 @@ def test_refusals(made, tmp_path):
         export(ExportConfig(str(made.run), str(made.data), overwrite=True))
     with pytest.raises(InputError, match="no checkpoint and no run"):
         export(ExportConfig(str(tmp_path), str(tmp_path / "b")))
-    with pytest.raises(InputError, match=r"is not there; name its new place with data=DIR"):
-        export(ExportConfig(str(made.run), str(tmp_path / "b"), data=str(tmp_path)))
+    with pytest.raises(InputError, match=r"is not there; name its new place with data_path=DIR"):
+        export(ExportConfig(str(made.run), str(tmp_path / "b"), data_path=str(tmp_path)))
 
 
 def test_command_replaces_a_bundle_when_told(made, tmp_path):
