@@ -6,8 +6,7 @@ H heads of P = E / H channels, N state size, K convolution width.
 The bidirectional encoder is the paper's (arXiv 2409.01192); it trains on prefixes, one target each.
 The causal one is the same with the forward direction alone: every position predicts its next item
 in one pass, and a user's state can be carried forward event by event. The encoder knows nothing of
-ids, TorchRec or losses, and scripts to TorchScript, where the mixer runs the PyTorch reference
-instead of kernels.
+ids, TorchRec or losses, and scripts to TorchScript, where references run instead of kernels.
 """
 
 import math
@@ -16,6 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.fused import (
+    at_least_fp32,
+    gated_norm,
+    gated_norm_both,
+    gelu_dropout,
+    input_norm,
+    permute_rows,
+    residual_norm,
+)
 from modules.ssd import (
     causal_conv,
     causal_conv_reference,
@@ -29,7 +37,7 @@ GATED_NORM_EPS = 1e-5  # mamba-ssm's RMSNorm
 
 
 class Mamba2Mixer(nn.Module):
-    """The Mamba-2 block: project, convolve, scan, gate, normalise, project back; x [T, D].
+    """The Mamba-2 block: project, convolve, scan, gate, normalise, project back; u [T, D].
 
         [z, x, B, C, dt] = in_proj(u);  (x, B, C) = SiLU(conv(x, B, C));  dt = softplus(dt + bias)
         out = out_proj(RMSNorm(ssd(x, dt, A, B, C, D) * SiLU(z)))
@@ -65,10 +73,80 @@ class Mamba2Mixer(nn.Module):
         dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-    def forward(self, u_TD: Tensor, offsets_B1: Tensor, position_T: Tensor) -> Tensor:
+    def forward(
+        self,
+        u_TD: Tensor,
+        offsets_B1: Tensor,
+        position_T: Tensor,
+        read_S: Tensor | None = None,
+    ) -> Tensor:
+        """One direction; out [T, D], or [S, D] at the tokens `read_S`.
+
+        Behind the scan everything is position-wise: with `read_S`, z, gate, norm and out_proj
+        exist at those rows only.
+        """
+        if read_S is None:
+            z_TE, xBC, dt_TH = self._project(u_TD)
+            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
+        else:
+            z_TE = self._project_gate(u_TD, read_S)
+            xBC, dt_TH = self._project_scan(u_TD)
+            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T).index_select(0, read_S)
+        return self.out_proj(gated_norm(y_TE, z_TE, self.norm_weight, self.gated_norm_eps))
+
+    def both(
+        self,
+        u_TD: Tensor,
+        offsets_B1: Tensor,
+        position_T: Tensor,
+        reversed_T: Tensor,
+        beta: float,
+        restore_order: bool,
+        read_S: Tensor | None = None,
+    ) -> Tensor:
+        """forward(u) + beta forward(u[reversed]), the latter put back with `restore_order`.
+
+        in_proj is position-wise and out_proj linear, so each runs once:
+        out_proj(N(y, z) + beta N(r, z[reversed])), N the gated norm, r the scan of xBC[reversed].
+        """
+        eps, weight_E = self.gated_norm_eps, self.norm_weight
+        if read_S is None:
+            z_TE, xBC, dt_TH = self._project(u_TD)
+            y_TE, r_TE = self._scan_both(xBC, dt_TH, offsets_B1, position_T, reversed_T)
+            return self.out_proj(
+                gated_norm_both(y_TE, r_TE, z_TE, weight_E, eps, beta, reversed_T, restore_order)
+            )
+        xBC, dt_TH = self._project_scan(u_TD)
+        y_TE, r_TE = self._scan_both(xBC, dt_TH, offsets_B1, position_T, reversed_T)
+        mirror_S = reversed_T.index_select(0, read_S)
+        z_SE = self._project_gate(u_TD, read_S)
+        y_SE = gated_norm(y_TE.index_select(0, read_S), z_SE, weight_E, eps)
+        if restore_order:
+            r_SE = r_TE.index_select(0, mirror_S)
+        else:
+            r_SE = r_TE.index_select(0, read_S)
+            z_SE = self._project_gate(u_TD, mirror_S)
+        return self.out_proj(y_SE + beta * gated_norm(r_SE, z_SE, weight_E, eps))
+
+    def _project(self, u_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, xBC and dt, before convolution and softplus."""
         sizes = [self.inner, self.inner + 2 * self.state, self.heads]
         z_TE, xBC, dt_TH = torch.split(self.in_proj(u_TD), sizes, dim=-1)
-        dt_TH = F.softplus(dt_TH.float() + self.dt_bias)
+        return z_TE, xBC, dt_TH
+
+    def _project_scan(self, u_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """xBC and dt alone: what every token before a read-out must have."""
+        sizes = [self.inner + 2 * self.state, self.heads]
+        xBC, dt_TH = torch.split(F.linear(u_TD, self.in_proj.weight[self.inner :]), sizes, dim=-1)
+        return xBC, dt_TH
+
+    def _project_gate(self, u_TD: Tensor, rows_S: Tensor) -> Tensor:
+        """z at some rows, [S, E]."""
+        return F.linear(u_TD.index_select(0, rows_S), self.in_proj.weight[: self.inner])
+
+    def _scan(self, xBC: Tensor, dt_TH: Tensor, offsets_B1: Tensor, position_T: Tensor) -> Tensor:
+        """Convolution and SSD of projected rows, y [T, E]."""
+        dt_TH = F.softplus(at_least_fp32(dt_TH) + self.dt_bias)
         A_H = -torch.exp(self.A_log)
         if torch.jit.is_scripting():
             xBC = causal_conv_reference(xBC, self.conv_weight, self.conv_bias, position_T)
@@ -80,13 +158,20 @@ class Mamba2Mixer(nn.Module):
             y_THP = ssd_reference(x_THP, dt_TH, A_H, B_TN, C_TN, self.D, offsets_B1)
         else:
             y_THP = ssd(x_THP, dt_TH, A_H, B_TN, C_TN, self.D, offsets_B1)
-        return self.out_proj(self._gated_norm(y_THP.flatten(1), z_TE))
+        return y_THP.flatten(1)
 
-    def _gated_norm(self, y_TE: Tensor, z_TE: Tensor) -> Tensor:
-        """RMSNorm(y * SiLU(z)): gate first, then normalise over E."""
-        gated = y_TE.float() * F.silu(z_TE.float())
-        scale = torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.gated_norm_eps)
-        return (gated * scale * self.norm_weight).to(y_TE.dtype)
+    def _scan_both(
+        self,
+        xBC: Tensor,
+        dt_TH: Tensor,
+        offsets_B1: Tensor,
+        position_T: Tensor,
+        reversed_T: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The scans of the sequences and of the reversed sequences, [T, E] each."""
+        y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
+        xBC, dt_TH = permute_rows(xBC, reversed_T), permute_rows(dt_TH, reversed_T)
+        return y_TE, self._scan(xBC, dt_TH, offsets_B1, position_T)
 
 
 class FeedForward(nn.Module):
@@ -96,10 +181,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1 = nn.Linear(width, 4 * width)
         self.w2 = nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w2(self.dropout(F.gelu(self.w1(x_TD))))
+        rate = self.dropout if self.training else 0.0
+        return self.w2(gelu_dropout(F.linear(x_TD, self.w1.weight), self.w1.bias, rate))
 
 
 class Layer(nn.Module):
@@ -128,20 +214,43 @@ class Layer(nn.Module):
         self.mixer, self.feed_forward = mixer, feed_forward
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.bidirectional, self.beta, self.restore_order = bidirectional, beta, restore_order
 
     def forward(
-        self, x_TD: Tensor, offsets_B1: Tensor, position_T: Tensor, reversed_T: Tensor
+        self,
+        x_TD: Tensor,
+        offsets_B1: Tensor,
+        position_T: Tensor,
+        reversed_T: Tensor,
+        read_S: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        mixed_TD = self.mixer(x_TD, offsets_B1, position_T)
+        """out [T, D], or [S, D] at the tokens `read_S`; in `dtype`, by default that of x.
+
+        Only the scans need every token: with `read_S` the rest is done at those rows alone.
+        """
+        rate = self.dropout if self.training else 0.0
         if self.bidirectional:
-            R_TD = self.mixer(x_TD[reversed_T], offsets_B1, position_T)
-            if self.restore_order:
-                R_TD = R_TD[reversed_T]
-            mixed_TD = mixed_TD + self.beta * R_TD
-        H_TD = self.dropout(self.norm1(mixed_TD + x_TD))
-        return self.dropout(self.norm2(self.feed_forward(H_TD) + H_TD))
+            mixed_TD = self.mixer.both(
+                x_TD, offsets_B1, position_T, reversed_T, self.beta, self.restore_order, read_S
+            )
+        else:
+            mixed_TD = self.mixer(x_TD, offsets_B1, position_T, read_S)
+        if read_S is not None:
+            x_TD = x_TD.index_select(0, read_S)
+        H_TD = residual_norm(
+            mixed_TD, x_TD, self.norm1.weight, self.norm1.bias, self.norm1.eps, rate, x_TD.dtype
+        )
+        return residual_norm(
+            self.feed_forward(H_TD),
+            H_TD,
+            self.norm2.weight,
+            self.norm2.bias,
+            self.norm2.eps,
+            rate,
+            x_TD.dtype if dtype is None else dtype,
+        )
 
 
 class Encoder(nn.Module):
@@ -149,6 +258,12 @@ class Encoder(nn.Module):
 
     kind: "causal" | "bidirectional". `beta` and `restore_order` concern the bidirectional one.
     Linear weights start as N(0, 0.02), biases as 0.
+
+    The residual stream, what runs from one LayerNorm to the next, has the dtype of the products:
+    that of autocast where it is on, else that of the input. The norms compute in fp32 and round
+    once. Every projection rounds its input to that dtype anyway, and post-norm re-normalises the
+    stream at each sublayer, so its rounding does not pile up; it halves the bytes of the norms and
+    spares a cast in front of each product. The output has the dtype of the input.
     """
 
     def __init__(
@@ -166,6 +281,8 @@ class Encoder(nn.Module):
         restore_order: bool = False,
     ) -> None:
         super().__init__()
+        if layers < 1:
+            raise ValueError(f"an encoder has at least 1 layer, not {layers}")
         self.norm = nn.LayerNorm(width, eps=NORM_EPS) if norm_embedding else nn.Identity()
         self.dropout = nn.Dropout(dropout if norm_embedding else 0.0)
         self.layers = nn.ModuleList(
@@ -192,15 +309,28 @@ class Encoder(nn.Module):
         """h [S, D] at the read positions, every token when None (S = T).
 
         offsets_B1: int64, see `data.batch.SequenceBatch`. The output at padding tokens has no
-        meaning.
+        meaning. read_positions_S: any tokens, in any order, repeated or not.
         """
         position_T, reversed_T = positions(offsets_B1, x_TD.shape[0])
-        x_TD = self.norm(self.dropout(x_TD))
-        for layer in self.layers:
-            x_TD = layer(x_TD, offsets_B1, position_T, reversed_T)
-        if read_positions_S is None:
-            return x_TD
-        return x_TD[read_positions_S]
+        dtype = x_TD.dtype
+        x_TD = self.norm(self.dropout(x_TD)) if torch.jit.is_scripting() else self._stream(x_TD)
+        for number, layer in enumerate(self.layers):
+            if number < len(self.layers) - 1:
+                x_TD = layer(x_TD, offsets_B1, position_T, reversed_T)
+            else:
+                x_TD = layer(x_TD, offsets_B1, position_T, reversed_T, read_positions_S, dtype)
+        return x_TD
+
+    @torch.jit.unused
+    def _stream(self, x_TD: Tensor) -> Tensor:
+        """The input in the residual stream's dtype, behind dropout and LayerNorm if there are."""
+        dtype = x_TD.dtype
+        if torch.is_autocast_enabled(x_TD.device.type):
+            dtype = torch.get_autocast_dtype(x_TD.device.type)
+        if isinstance(self.norm, nn.Identity):
+            return x_TD.to(dtype)
+        rate = self.dropout.p if self.training else 0.0
+        return input_norm(x_TD, self.norm.weight, self.norm.bias, self.norm.eps, rate, dtype)
 
 
 def positions(offsets_B1: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ def ssd_reference(
     C_TN: Tensor,
     D_H: Tensor,
     offsets_B1: Tensor,
-    chunk: int = 128,
+    chunk: int = 32,
 ) -> Tensor:
     """The formula above in chunks, y [T, H, P]; any length, any device, TorchScript.
 
@@ -71,11 +71,13 @@ def ssd_reference(
     added_KHPN = torch.einsum("kqhp,kqn->khpn", xdt_KQHP * to_end_KQH.unsqueeze(-1), B_KQN)
     before_K1 = F.pad(last_K1[:-1], (0, 0, 1, 0), value=-1.0)
     kept_KH = torch.exp(log_decay_KQH[:, -1]) * (last_K1 == before_K1).to(kind)
-    state_HPN = torch.zeros_like(added_KHPN[0])
+    # Unbound once: the gradient of indexing by k would fill a tensor of all chunks for each k.
+    added, kept = added_KHPN.unbind(0), kept_KH.unsqueeze(2).unsqueeze(3).unbind(0)
+    state_HPN = torch.zeros_like(added[0])
     entering: list[Tensor] = []
-    for k in range(added_KHPN.shape[0]):
+    for k in range(len(added)):
         entering.append(state_HPN)
-        state_HPN = torch.addcmul(added_KHPN[k], kept_KH[k].view(-1, 1, 1), state_HPN)
+        state_HPN = torch.addcmul(added[k], kept[k], state_HPN)
     entering_KHPN = torch.stack(entering)
 
     from_start_KQH = torch.exp(log_decay_KQH) * (segment_KQ == before_K1).unsqueeze(-1).to(kind)
@@ -102,7 +104,7 @@ def causal_conv_reference(
     for k in range(1, width):
         inside_T1 = (position_T >= k).unsqueeze(1).to(x_TE.dtype)
         start = width - 1 - k
-        y_TE = y_TE + padded[start : start + tokens] * inside_T1 * weight_EK[:, start]
+        y_TE = torch.addcmul(y_TE, padded[start : start + tokens] * inside_T1, weight_EK[:, start])
     return F.silu(y_TE).to(x_TE.dtype)
 
 

@@ -1,1 +1,1 @@
-"""Triton kernels of this project. Import the module you need; importing this package costs nothing."""
+"""Triton kernels of this project: import the module you need, this package imports none."""

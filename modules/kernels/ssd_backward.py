@@ -36,11 +36,11 @@ from modules.kernels.ssd_table import piece_row
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def gradient_kernel(
     x_ptr, dt_ptr, c_ptr, B_ptr, C_ptr, D_ptr, offsets_ptr, table_ptr, state_ptr, dstate_ptr,
-    dend_ptr, dy_ptr, dx_ptr, q_ptr, o_ptr, r_ptr, s_ptr, through_ptr, dB_ptr, dC_ptr, dD_ptr, sequences,
-    chunks, tokens,
-    x_stride: tl.constexpr, B_stride: tl.constexpr, C_stride: tl.constexpr,
-    dy_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-    CHUNK: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    dend_ptr, dy_ptr, dx_ptr, q_ptr, o_ptr, r_ptr, s_ptr, through_ptr, dB_ptr, dC_ptr, dD_ptr,
+    sequences, chunks, tokens, x_stride: tl.constexpr, B_stride: tl.constexpr,
+    C_stride: tl.constexpr, dy_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, HAS_END: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk, heads `[program_id(1) · HEADS, … + HEADS)`, one dB, dC partial."""
     piece = tl.program_id(0)

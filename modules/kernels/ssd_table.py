@@ -1,4 +1,4 @@
-"""Where the chunks are: sequences of unknown lengths cut on the device, in a grid that the host knows.
+"""Where the chunks are: sequences of unknown lengths, cut on the device.
 
 A packed batch holds sequences `[offsets_b, offsets_{b+1})`. The SSD kernels work on *chunks* of at
 most `CHUNK` tokens and on *segments* of `CHUNK · k` tokens, both aligned to sequence starts, so no
@@ -80,10 +80,7 @@ def fill_table_kernel(
     total = tl.load(first_ptr + row + sequences + 1)
     sequence = tl.where(z < total, low, -1)
     mask = z < pieces
-    if is_segment:
-        table_ptr = segment_table_ptr
-    else:
-        table_ptr = chunk_table_ptr
+    table_ptr = segment_table_ptr if is_segment else chunk_table_ptr
     tl.store(table_ptr + z, sequence, mask=mask)
     tl.store(table_ptr + pieces + z, z - first, mask=mask)
     tl.store(table_ptr + 2 * pieces + z, count, mask=mask)

@@ -48,11 +48,10 @@ def spread_heads_rows(value_QG, W: tl.constexpr):
 @triton.jit(do_not_specialize=["sequences", "segments", "tokens"])
 def walk_kernel(
     key_ptr, value_ptr, dt_ptr, c_ptr, offsets_ptr, table_ptr, chunk_slot_ptr, state_ptr,
-    boundary_ptr, boundary_decay_ptr, end_ptr, sequences, segments, tokens, key_stride: tl.constexpr,
-    value_stride: tl.constexpr, H: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr,
-    SEGMENT_CHUNKS: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr,
-    HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    boundary_ptr, boundary_decay_ptr, end_ptr, sequences, segments, tokens,
+    key_stride: tl.constexpr, value_stride: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, SEGMENT_CHUNKS: tl.constexpr,
+    REVERSE: tl.constexpr, LOCAL: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment. `end` is the sequence's last state: written (forward) or read (reverse)."""
     G: tl.constexpr = W // P if W > P else 1
@@ -159,10 +158,9 @@ def walk_kernel(
         boundary = boundary_ptr + kept.to(tl.int64) * state_size
         tl.store(boundary + state_offset_NW, state_NW, mask=inside_W[None, :])
         tl.store(boundary_decay_ptr + kept * H + head_G, log_decay_G, mask=head_G < H)
-    elif HAS_END and not REVERSE:
-        if index == count - 1:
-            last = end_ptr + sequence.to(tl.int64) * state_size
-            tl.store(last + end_offset_NW, state_NW, mask=inside_W[None, :])
+    elif HAS_END and not REVERSE and index == count - 1:
+        last = end_ptr + sequence.to(tl.int64) * state_size
+        tl.store(last + end_offset_NW, state_NW, mask=inside_W[None, :])
 
 
 @triton.jit(do_not_specialize=["sequences"])

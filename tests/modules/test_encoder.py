@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modules.encoder import Encoder, positions
+from modules.fused import dropout, permute_rows_op
+from modules.ssd import causal_conv_reference, ssd_reference
 
 LENGTHS = [1, 2, 9, 1, 30]
 WIDTH = 16
@@ -48,12 +51,131 @@ def test_causal_reads_no_later_token():
     assert not torch.allclose(before[12:], after[12:])
 
 
-def test_read_positions_pick_the_rows():
-    encoder = make("bidirectional")
-    x = torch.randn(sum(LENGTHS), WIDTH, dtype=torch.float64)
-    last = offsets_of(LENGTHS)[1:] - 1
-    everything = encoder(x, offsets_of(LENGTHS))
-    assert torch.equal(encoder(x, offsets_of(LENGTHS), last), everything[last])
+def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+    return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+# What the layers have to read. The last two sequences of a batch are unused: their read position
+# is token 0, as the packer writes it.
+READ = {
+    "last": lambda offsets: offsets[1:-2] - 1,
+    "last, unused sequences": lambda offsets: torch.cat([offsets[1:-2] - 1, offsets[:1].repeat(2)]),
+    "any, unordered, repeated": lambda offsets: torch.tensor([40, 3, 0, 3, 17]),
+}
+
+
+@pytest.mark.parametrize("read", READ)
+@pytest.mark.parametrize(
+    ("kind", "restore_order"),
+    [("causal", False), ("bidirectional", False), ("bidirectional", True)],
+)
+def test_read_out_equals_rows_of_everything_values_and_gradients(kind, restore_order, read):
+    encoder = make(kind, restore_order=restore_order, beta=0.4)
+    offsets = offsets_of(LENGTHS, unused=2)
+    x = torch.randn(sum(LENGTHS) + 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    read_S = READ[read](offsets)
+    leaves = [x, *encoder.parameters()]
+    got = gradients(encoder(x, offsets, read_S), leaves)
+    expected = gradients(encoder(x, offsets)[read_S], leaves)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+def test_read_out_computes_only_the_rows_it_needs(kind):
+    encoder = make(kind)
+    rows = []
+    last = encoder.layers[-1]
+    for module in (last.mixer.out_proj, last.feed_forward.w2):
+        module.register_forward_hook(lambda _, __, out: rows.append(len(out)))
+    full = []
+    last.mixer.in_proj.register_forward_hook(lambda *_: full.append(1))
+    x, offsets = torch.randn(sum(LENGTHS), WIDTH, dtype=torch.float64), offsets_of(LENGTHS)
+    encoder(x, offsets, offsets[1:] - 1)
+    assert rows == [len(LENGTHS)] * 2
+    assert not full  # z is projected at the read positions alone
+
+
+def plain_layer(layer, x, offsets, restore_order):
+    """The paper's layer as a composition of whole blocks, one a direction."""
+    position, reverse = positions(offsets, len(x))
+    mixer = layer.mixer
+
+    def block(u):
+        inner, state = mixer.inner, mixer.state
+        z, xBC, dt = mixer.in_proj(u).split([inner, inner + 2 * state, mixer.heads], 1)
+        xBC = causal_conv_reference(xBC, mixer.conv_weight, mixer.conv_bias, position)
+        x, B, C = xBC.split([inner, state, state], 1)
+        dt, A = F.softplus(dt + mixer.dt_bias), -mixer.A_log.exp()
+        y = ssd_reference(x.unflatten(1, (mixer.heads, -1)), dt, A, B, C, mixer.D, offsets)
+        gated = y.flatten(1) * F.silu(z)
+        return mixer.out_proj(F.rms_norm(gated, [inner], mixer.norm_weight, 1e-5))
+
+    mixed = block(x)
+    if layer.bidirectional:
+        backward = block(x[reverse])
+        mixed = mixed + layer.beta * (backward[reverse] if restore_order else backward)
+    hidden = layer.norm1(mixed + x)
+    feed_forward = layer.feed_forward
+    return layer.norm2(feed_forward.w2(F.gelu(feed_forward.w1(hidden))) + hidden)
+
+
+@pytest.mark.parametrize(
+    ("kind", "restore_order"),
+    [("causal", False), ("bidirectional", False), ("bidirectional", True)],
+)
+def test_layer_equals_the_plain_composition_values_and_gradients(kind, restore_order):
+    encoder = make(kind, layers=1, beta=0.3, restore_order=restore_order)
+    layer = encoder.layers[0]
+    with torch.no_grad():  # biases and norms away from where they start
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    offsets = offsets_of(LENGTHS, unused=1)
+    x = torch.randn(sum(LENGTHS) + 2, WIDTH, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    got = gradients(layer(x, offsets, *positions(offsets, len(x))), leaves)
+    expected = gradients(plain_layer(layer, x, offsets, restore_order), leaves)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+def test_autocast_streams_bf16_returns_the_inputs_dtype_and_stays_close(kind):
+    encoder = make(kind, width=64, state=16, head=32).float()
+    offsets = offsets_of(LENGTHS)
+    x = torch.randn(sum(LENGTHS), 64)
+    streams = []
+    encoder.layers[1].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = encoder(x, offsets)
+    assert streams == [torch.bfloat16]
+    assert got.dtype == torch.float32
+    expected = encoder.double()(x.double(), offsets)
+    assert (got - expected).norm() / expected.norm() < 1e-2
+
+
+def test_dropout_is_fair_scaled_and_governed_by_the_seed():
+    x = torch.ones(300, 333)
+    torch.manual_seed(5)
+    first, second = dropout(x, 0.3), dropout(x, 0.3)
+    torch.manual_seed(5)
+    assert torch.equal(first, dropout(x, 0.3))
+    assert not torch.equal(first, second)
+    kept = first != 0
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.006)
+    assert first.max().item() == pytest.approx(1 / 0.7, rel=1e-4)
+    assert (kept[:, 1:] & kept[:, :-1]).float().mean().item() == pytest.approx(0.49, abs=0.008)
+    assert dropout(x, 0.0) is x
+
+
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+def test_dropout_in_training_only(kind):
+    encoder = make(kind, dropout=0.5)
+    x, offsets = torch.randn(sum(LENGTHS), WIDTH, dtype=torch.float64), offsets_of(LENGTHS)
+    assert not torch.equal(encoder(x, offsets), encoder(x, offsets))
+    encoder.eval()
+    assert torch.equal(encoder(x, offsets), encoder(x, offsets))
 
 
 def test_positions_and_reversal():
@@ -98,8 +220,20 @@ def test_scripted_equals_eager(kind):
     scripted = torch.jit.script(encoder)
     x, offsets = torch.randn(sum(LENGTHS), WIDTH), offsets_of(LENGTHS)
     torch.testing.assert_close(scripted(x, offsets), encoder(x, offsets))
+    last = offsets[1:] - 1
+    torch.testing.assert_close(scripted(x, offsets, last), encoder(x, offsets, last))
 
 
 def test_head_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="head size 24 does not divide"):
         make("causal", head=24)
+
+
+def test_an_encoder_without_layers_is_refused():
+    with pytest.raises(ValueError, match="at least 1 layer"):
+        make("causal", layers=0)
+
+
+def test_permute_rows_opcheck():
+    x = torch.randn(5, 3, requires_grad=True)
+    torch.library.opcheck(permute_rows_op, (x, torch.tensor([1, 0, 4, 3, 2])))

@@ -1,0 +1,48 @@
+"""Versions that do not belong together end in one sentence that names both and the fix."""
+
+import subprocess
+import sys
+
+import pytest
+
+from configs.environment import require_matching, versions
+from data.errors import InputError
+from tests.conftest import ROOT
+
+GOOD = {"torch": "2.13.0+cpu", "fbgemm-gpu-cpu": "1.8.0", "torchrec": "1.8.0"}
+
+
+def test_both_supported_pairs_match():
+    require_matching(GOOD)
+    require_matching({"torch": "2.11.0+cu130", "fbgemm-gpu": "1.6.0", "torchrec": "1.6.1"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"torch": "2.12.0"}, "torch 2.12.0 and fbgemm-gpu 1.8.0 do not belong together"),
+        ({"torch": "2.12.0"}, "install fbgemm 1.7 or torch 2.13"),
+        ({"torchrec": "1.7.0"}, "torchrec 1.7.0 needs fbgemm-gpu 1.7, found 1.8.0"),
+        ({"torchrec": None}, "torchrec is not installed; `make install`"),
+        ({"fbgemm-gpu-cpu": None}, "fbgemm-gpu is not installed"),
+    ],
+)
+def test_a_mismatch_is_one_sentence(changes, message):
+    found = {name: one for name, one in {**GOOD, **changes}.items() if one is not None}
+    with pytest.raises(InputError) as error:
+        require_matching(found)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_this_environment_is_known():
+    assert {"python", "torch", "torchrec", "pyarrow"} <= set(versions())
+
+
+def test_check_env_as_a_user_runs_it():
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.check_env"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "these versions work together" in done.stdout
+    assert f"torch            {versions()['torch']}" in done.stdout

@@ -1,0 +1,113 @@
+"""Find miscompiled warp-group products in the SSD kernels' machine code, without a GPU.
+
+The ptxas 12.8 of Triton 3.6 sometimes loses a copy of a uniform register, so that an operand
+descriptor of a `wgmma` is built from a register that holds something else: illegal shared
+addresses or wrong results, for some numbers of heads and not for others. Two traces of it show in
+the SASS: both halves of a 64-bit sum read the same register, or a uniform register is read that
+nothing writes. On an H100 exactly the kernels with such a trace failed, and no other.
+
+    python tests/gpu/lint_sass.py [P,N,H ...]      compiles for sm_90, prints what it finds
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)\s*(.*?);")
+
+
+class NoDevice:
+    """Names the target; kernels are compiled for it and never launched."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+
+def findings(sass):
+    """Lines of SASS that carry one of the two traces."""
+    written, read, halves, found = set(), {}, {}, []
+    for line in sass.splitlines():
+        if not (match := INSTRUCTION.match(line)):
+            continue
+        opcode, text = match.groups()
+        operands = [operand.strip() for operand in text.split(",")]
+        target = re.match(r"UR(\d+)", operands[0])
+        writes = target and opcode.startswith(("U", "S2UR", "R2UR", "CS2UR", "LDCU"))
+        for register in re.findall(r"\bUR(\d+)\b", ",".join(operands[bool(writes) :])):
+            read.setdefault(int(register), line)
+        if "HGMMA" in opcode:  # a descriptor is two registers; A and B adjacent are four
+            both = not re.match(r"R\d+(\.reuse)?, R\d+", text)
+            for first in re.findall(r"gdesc\[UR(\d+)\]", text):
+                for register in range(int(first), int(first) + (4 if both else 2)):
+                    read.setdefault(register, line)
+        low = re.match(r"UR\d+, (UP\d), UR(\d+), 0x", text)
+        if opcode == "UIADD3" and low:
+            halves[low[1]] = low[2]
+        high = re.match(r"UR\d+, UR(\d+), .*, (UP\d),", text)
+        if opcode == "UIADD3.X" and high and halves.get(high[2]) == high[1]:
+            found.append(line)
+        if writes:
+            width = 2 if ".64" in opcode or "WIDE" in opcode else 1
+            fresh = range(int(target[1]), int(target[1]) + width)
+            written.update(fresh)
+            rewritten = {str(register) for register in fresh}
+            halves = {carry: low for carry, low in halves.items() if low not in rewritten or (
+                opcode == "UIADD3" and carry == operands[1])}  # fmt: skip
+    return found + [line for register, line in read.items() if register not in written]
+
+
+def lint(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
+    """Compile forward and backward for one shape; {kernel name: suspicious lines}."""
+    from modules.kernels import ssd
+
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/nvdisasm")
+    result = {}
+    launch = JITFunction.run
+
+    def compile_only(self, *args, grid=None, warmup=False, **options):
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            listing = [tool, "-c", file.name]
+            sass = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
+        result.setdefault(self.__name__, []).extend(findings(sass))
+
+    x = torch.empty(tokens, H, P, dtype=dtype)
+    B = torch.empty(tokens, N, dtype=dtype)
+    dt, A = torch.empty(tokens, H), torch.empty(H)
+    offsets = torch.zeros(sequences + 1, dtype=torch.int64)
+    with mock.patch.object(JITFunction, "run", compile_only):
+        driver.set_active(NoDevice())
+        ssd.ssd_op._init_fn(x, dt, A, B, B, A, offsets, False)
+        ssd.ssd_backward_op._init_fn(x, None, x, dt, A, B, B, A, offsets)
+    return result
+
+
+if __name__ == "__main__":
+    shapes = sys.argv[1:] or ["64,64,8", "16,64,32"]
+    for shape in shapes:
+        result = lint(*map(int, shape.split(",")))
+        suspicious = {name: lines[:2] for name, lines in result.items() if lines}
+        print(shape, len(result), "kernels", suspicious or "clean", flush=True)

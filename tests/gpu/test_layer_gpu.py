@@ -1,0 +1,84 @@
+"""The layer's kernels and the whole encoder on the card, against float64."""
+
+import copy
+
+import pytest
+import torch
+
+from modules.encoder import Encoder
+from tests.modules.test_norm_kernels import gated_cases, gelu_cases, relative, residual_cases
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.bfloat16, torch.float32]
+LIMITS = {torch.bfloat16: 5e-3, torch.float32: 2e-6}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 512), (3001, 512), (777, 96)])
+@pytest.mark.parametrize("cases", [gated_cases, residual_cases, gelu_cases])
+def test_kernel_values_and_gradients(cases, shape, dtype):
+    for case, errors in cases(*shape, device="cuda", dtype=dtype):
+        assert all(error < LIMITS[dtype] for error in errors.values()), (case, errors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "restore_order"),
+    [("causal", False), ("bidirectional", False), ("bidirectional", True)],
+)
+def test_encoder_values_and_gradients(kind, restore_order, read, dtype):
+    torch.manual_seed(0)
+    encoder = Encoder(
+        kind, width=128, layers=2, state=32, head=32, expand=2, conv=4, dropout=0.0,
+        norm_embedding=True, restore_order=restore_order,
+    )  # fmt: skip
+    offsets = torch.tensor([0, 1, 2, 130, 193, 500, 500])
+    x, d = torch.randn(503, 128), torch.randn(503, 128)
+    read_S = torch.cat([offsets[1:6] - 1, offsets[:1]]) if read else None
+
+    def run(encoder, x, offsets, read_S, d):
+        x = x.clone().requires_grad_()
+        out = encoder(x, offsets, read_S)
+        out = out[:500] if read_S is None else out
+        return [out, *torch.autograd.grad(out, [x, *encoder.parameters()], d[: len(out)])]
+
+    doubles = copy.deepcopy(encoder).double()
+    expected = run(doubles, x.double(), offsets, read_S, d.double())
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        got = run(
+            encoder.cuda(), x.cuda(), offsets.cuda(), None if read_S is None else read_S.cuda(),
+            d.cuda(),
+        )  # fmt: skip
+    names = ["out", "x", *[name for name, _ in encoder.named_parameters()]]
+    errors = {n: relative(a.cpu(), b) for n, a, b in zip(names, got, expected, strict=True)}
+    limit = 5e-2 if dtype == torch.bfloat16 else 5e-5
+    assert all(error < limit for error in errors.values()), errors
+
+
+def test_a_captured_graph_draws_new_masks_and_its_backward_the_same():
+    from modules.kernels.residual_norm import residual_norm_triton
+
+    a, x = (torch.randn(512, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    w = torch.zeros(256, device="cuda", requires_grad=True)
+    bias = torch.ones(256, device="cuda", requires_grad=True)
+
+    def step():
+        out = residual_norm_triton(a, x, w, bias, 1e-12, 0.5, torch.bfloat16)
+        return out, torch.autograd.grad(out.sum(), bias)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, dbias = step()
+    masks = []
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        masks.append(out.detach().clone())
+        torch.testing.assert_close(dbias, masks[-1].float().sum(0))
+    assert not torch.equal(*masks)

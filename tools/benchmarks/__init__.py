@@ -1,0 +1,1 @@
+"""What `tools.benchmark` measures: one module a suite, each with `run(bench)`."""

@@ -1,0 +1,50 @@
+"""Suite `layer`: one encoder layer, forward + backward, in training mode.
+
+Legend: T tokens, S read positions, D width, E inner width, N state, H heads, K convolution width.
+"""
+
+from dataclasses import replace
+
+from tools.benchmarks.bench import Bench
+from tools.benchmarks.inputs import filling_lengths, offsets_of
+from tools.benchmarks.measure import PRECISIONS, Floor
+from tools.benchmarks.passes import encoder_pass, new_encoder
+from trainer.config import ModelConfig
+
+PUBLISHED_HEAD = 16
+
+
+def run(bench: Bench) -> None:
+    tokens = bench.size(262_144, 8_192, 1_024)
+    offsets_B1 = offsets_of(filling_lengths(tokens, 200, seed=2), bench.device)
+    last_S = offsets_B1[1:] - 1
+    causal = bench.model(kind="causal", layers=1, norm_embedding=False)
+    both = replace(causal, kind="bidirectional", head=PUBLISHED_HEAD)
+    for model, reads in [(causal, None), (both, None), (both, last_S)]:
+        name = f"{model.kind}, {'all positions' if reads is None else 'last position'}"
+        with bench.case(name):
+            encoder = new_encoder(model, bench.device)
+            step = encoder_pass(bench, encoder, tokens, offsets_B1, reads)
+            bench.record(
+                f"{name}, P {model.head}: fwd+bwd",
+                step,
+                work=tokens,
+                floor=floor(model, tokens, None if reads is None else len(reads), bench.precision),
+            )
+
+
+def floor(model: ModelConfig, tokens: int, reads: int | None, precision: str) -> Floor:
+    """One layer's own work, forward and backward: x and dh in, h and dx out.
+
+    Matrix products forward and twice that backward. Both directions share one input and one output
+    projection; with `reads` alone read, the gate, C, the output projection and the feed-forward are
+    needed there only.
+    """
+    D, E, N = model.width, model.expand * model.width, model.state
+    rows = tokens if reads is None else reads
+    directions = 2 if model.kind == "bidirectional" else 1
+    entering = 2 * D * (E + N + E // model.head) + directions * (2 * model.conv * (E + N))
+    scan = directions * 2 * E * N  # advance the state
+    leaving = 2 * D * (E + N) + 2 * E * D + 16 * D * D + directions * 2 * E * N
+    operations = 3.0 * (tokens * (entering + scan) + rows * leaving)
+    return Floor(2 * (tokens + rows) * D * PRECISIONS[precision].itemsize, operations, precision)
