@@ -136,7 +136,7 @@ class _CandidateLogSumExp(torch.autograd.Function):
         return lse_N, target_N
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, gradient_N: Tensor, target_gradient_N: Tensor
     ) -> tuple[Tensor | None, ...]:
         h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, lse_N, kept = ctx.saved_tensors

@@ -3,10 +3,12 @@
 Legend: T tokens, S read positions, C candidates, D width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from data.batch import CANDIDATES, SequenceBatch
+from data.batch import CANDIDATES, HISTORY, SequenceBatch
 from modules.encoder import Encoder
 from modules.item_table import ItemTable
 from modules.losses import FullSoftmax, SampledSoftmax
@@ -26,13 +28,12 @@ class Recommender(nn.Module):
     ) -> None:
         super().__init__()
         self.table, self.encoder, self.loss, self.autocast = table, encoder, loss, autocast
-        # Not a submodule: its parameters are the encoder's, once.
-        self._captured: list[_EncoderAndLoss] = []
+        self._captured: Callable[..., Tensor] | None = None
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """The sum of the losses of this rank's targets, fp32 scalar."""
         x_TD, c_CD = self.table(batch.features)
-        core = self._captured[0] if self._captured else self._core(batch)
+        core = self._core(batch) if self._captured is None else self._captured
         return core(x_TD, c_CD, *_tensors(batch))
 
     def hidden(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
@@ -52,14 +53,15 @@ class Recommender(nn.Module):
         x_TD, c_CD = (
             torch.randn(count, width, device=batch.offsets_B1.device, requires_grad=True)
             for count in (
-                batch.features["history"].values().numel(),
+                batch.features[HISTORY].values().numel(),
                 batch.features[CANDIDATES].values().numel(),
             )
         )
         core = self._core(batch)
         core.train()
         arguments = (x_TD, c_CD, *_tensors(batch))
-        self._captured = [torch.cuda.make_graphed_callables(core, arguments)]
+        # Not as an attribute, which would register its parameters a second time.
+        object.__setattr__(self, "_captured", torch.cuda.make_graphed_callables(core, arguments))
 
     def _core(self, batch: SequenceBatch) -> "_EncoderAndLoss":
         reads, corrected = batch.read_positions_S is not None, batch.log_counts_C is not None

@@ -123,10 +123,3 @@ def ssd(
     from modules.kernels.ssd import ssd_triton  # Triton is there only where a GPU is
 
     return ssd_triton(x_THP, dt_TH, A_H, B_TN, C_TN, D_H, offsets_B1)
-
-
-def causal_conv(
-    x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, offsets_B1: Tensor, position_T: Tensor
-) -> Tensor:
-    """`causal_conv_reference`, the one form there is."""
-    return causal_conv_reference(x_TE, weight_EK, bias_E, position_T)

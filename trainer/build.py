@@ -29,6 +29,7 @@ from trainer.distributed import World
 from trainer.sharding import DTYPES, table_optimizer
 
 OBJECTIVES: dict[str, Objective] = {"histories": "causal", "prefixes": "prefix"}
+KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
 # What may differ between a run and its resumption: how long and how it is watched.
 FREE_KEYS = {
     "run_dir",
@@ -44,8 +45,18 @@ FREE_KEYS = {
 
 
 def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
-    """The config with every `auto` and null replaced by what it stands for here."""
+    """The config with every `auto` and null replaced by what it stands for here.
+
+    Raises InputError for sizes that this device has no kernel for, and data without a sample.
+    """
     train, data = config.trainer, config.data
+    if world.device.type == "cuda":
+        for key, size in (("model.head", config.model.head), ("model.state", config.model.state)):
+            if size not in KERNEL_SIZES:
+                raise InputError(
+                    f"{key}={size} has no CUDA kernel; it is one of "
+                    f"{', '.join(map(str, KERNEL_SIZES))}"
+                )
     kind: Literal["cpu", "cuda"] = "cuda" if world.device.type == "cuda" else "cpu"
     precision = train.precision
     if precision == "auto":

@@ -118,7 +118,9 @@ def open_source(path: Path, data: str | None) -> Source:
             "data_path=DIR"
         )
     if hashlib.sha256((place / MANIFEST).read_bytes()).hexdigest() != config["data_sha256"]:
-        raise InputError(f"{place} is not the data set that {folder} was trained on; give data_path=DIR")
+        raise InputError(
+            f"{place} is not the data set that {folder} was trained on; give data_path=DIR"
+        )
     dataset, table = Manifest.read(place), StoredTable(folder)
     if table.rows != dataset.table_rows:
         raise InputError(

@@ -18,6 +18,7 @@ Z chunks or segments.
 """
 
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import triton
@@ -290,6 +291,20 @@ def _backward(ctx, dy_THP, dend_BHPN):
 
 
 ssd_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@overload
+def ssd_triton(
+    x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
+    offsets_B1: Tensor, *, final_states: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def ssd_triton(
+    x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
+    offsets_B1: Tensor, *, final_states: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def ssd_triton(

@@ -1,5 +1,7 @@
 """The chunked reference against a direct transcription of the recurrence, values and gradients."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ def recurrence(x, dt, A, B, C, D, offsets) -> Tensor:
     """h_i = exp(dt_i A) h_{i-1} + dt_i x_i B_i^T, y_i = h_i C_i + D x_i, token by token."""
     y = torch.zeros_like(x)
     bounds = offsets.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         h = x.new_zeros(x.shape[1], x.shape[2], B.shape[1])
         for i in range(start, stop):
             h = torch.exp(dt[i] * A)[:, None, None] * h

@@ -97,8 +97,9 @@ def test_run_folder_holds_what_the_readme_says(straight):
     assert summary["steps"] == max(by_step)
     assert summary["world_size"] == 2
     assert set(summary["test"]["filtered"]) == set(summary["popularity"]["test"]["unfiltered"])
-    assert summary["test"]["unfiltered"]["hr@10"] > 1.5 * (
-        summary["popularity"]["test"]["unfiltered"]["hr@10"]
+    assert (
+        summary["test"]["unfiltered"]["hr@10"]
+        > 1.5 * (summary["popularity"]["test"]["unfiltered"]["hr@10"])
     )
     assert "SSD4Rec" in (run_dir / "report.md").read_text()
     assert list((run_dir / "tensorboard").iterdir())

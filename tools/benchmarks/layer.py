@@ -5,6 +5,11 @@ Legend: T tokens, S read positions, D width, E inner width, N state, H heads, K 
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
+from modules.encoder import positions
+from modules.ssd import causal_conv_reference
 from tools.benchmarks.bench import Bench
 from tools.benchmarks.inputs import filling_lengths, offsets_of
 from tools.benchmarks.measure import PRECISIONS, Floor
@@ -30,6 +35,43 @@ def run(bench: Bench) -> None:
                 step,
                 work=tokens,
                 floor=floor(model, tokens, None if reads is None else len(reads), bench.precision),
+            )
+    convolution(bench, causal, tokens, offsets_B1)
+
+
+def convolution(bench: Bench, model: ModelConfig, tokens: int, offsets_B1: Tensor) -> None:
+    """The layer's convolution and SiLU in PyTorch, and the Triton kernel that is to replace it.
+
+    `modules.encoder` takes the kernel once a card has confirmed it (tests/gpu).
+    """
+    columns = model.expand * model.width + 2 * model.state
+    kind = PRECISIONS[bench.precision]
+    x_TE = torch.randn(tokens, columns, device=bench.device, dtype=kind, requires_grad=True)
+    weight_EK = torch.randn(columns, model.conv, device=bench.device, requires_grad=True)
+    bias_E = torch.randn(columns, device=bench.device, requires_grad=True)
+    dy_TE = torch.randn_like(x_TE)
+    position_T, _ = positions(offsets_B1, tokens)
+    work = Floor(5 * x_TE.numel() * x_TE.element_size(), 0.0, bench.precision)
+
+    def backward(y_TE: Tensor) -> None:
+        torch.autograd.grad(y_TE, (x_TE, weight_EK, bias_E), dy_TE)
+
+    with bench.case("convolution, PyTorch"):
+        bench.record(
+            "convolution, PyTorch: fwd+bwd",
+            lambda: backward(causal_conv_reference(x_TE, weight_EK, bias_E, position_T)),
+            work=tokens,
+            floor=work,
+        )
+    if bench.device.type == "cuda":
+        from modules.kernels.conv import causal_conv_triton  # Triton is there only with a GPU
+
+        with bench.case("convolution, Triton"):
+            bench.record(
+                "convolution, Triton: fwd+bwd",
+                lambda: backward(causal_conv_triton(x_TE, weight_EK, bias_E, offsets_B1)),
+                work=tokens,
+                floor=work,
             )
 
 
