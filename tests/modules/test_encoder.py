@@ -214,7 +214,6 @@ def test_initialisation_is_the_published_one():
 
 
 @pytest.mark.parametrize("kind", ["causal", "bidirectional"])
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_scripted_equals_eager(kind):
     encoder = make(kind).float().eval()
     scripted = torch.jit.script(encoder)

@@ -65,7 +65,7 @@ def test_ranks_are_brute_force(dataset, one_rank, split, kind, monkeypatch):
     expected = []
     for history, target in histories_and_targets(dataset, split):
         offsets = torch.tensor([0, len(history)])
-        h = recommender.encoder(table[torch.as_tensor(history).long()], offsets)[-1]
+        h = recommender.encoder(table[torch.tensor(history.tolist())], offsets)[-1]
         scores = table @ h
         rivals = set(range(RESERVED_ROWS, ROWS)) - {int(target)}
         above = {rival for rival in rivals if scores[rival] >= scores[int(target)]}

@@ -86,7 +86,8 @@ def compare(bench: Bench, encoder: Encoder, by: str, mixer: Mixer) -> None:
 
 def distance(a: Tensor, b: Tensor) -> float:
     """‖a - b‖ / ‖b‖."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 @dataclass(frozen=True)
