@@ -1,13 +1,10 @@
 """The parts of a run, each made from its piece of the config."""
 
-import hashlib
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
 
 from data.batch import SequenceBatch
 from data.errors import InputError
@@ -17,31 +14,20 @@ from data.negatives import Candidates, FullCandidates, SampledCandidates
 from data.packing import default_max_sequences
 from data.reader import HistoryDataset
 from data.samples import Objective, SampleRule, Split
-from data.schema import MANIFEST, RESERVED_ROWS, write_atomically
+from data.schema import RESERVED_ROWS
 from data.vocabulary import Vocabulary
 from modules.encoder import Encoder
 from modules.item_table import ItemTable
 from modules.losses import FullSoftmax, SampledSoftmax
 from modules.recommender import Recommender
-from trainer.checkpoint import CONFIG, RunState
+from trainer.checkpoint import RunState
 from trainer.config import Config
 from trainer.distributed import World
+from trainer.observe import Observer, flops_per_token
 from trainer.sharding import DTYPES, table_optimizer
 
 OBJECTIVES: dict[str, Objective] = {"histories": "causal", "prefixes": "prefix"}
 KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
-# What may differ between a run and its resumption: how long and how it is watched.
-FREE_KEYS = {
-    "run_dir",
-    "dry_run",
-    "data.path",  # the data's fingerprint is compared instead
-    "trainer.max_epochs",
-    "trainer.patience",
-    "trainer.keep_checkpoints",
-    "trainer.checkpoint_every_steps",
-    "trainer.log_every_steps",
-    "trainer.cuda_graphs",
-}
 
 
 def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
@@ -58,6 +44,12 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
                     f"{', '.join(map(str, KERNEL_SIZES))}"
                 )
     kind: Literal["cpu", "cuda"] = "cuda" if world.device.type == "cuda" else "cpu"
+    optimizer = table_optimizer(config.embedding.optimizer, world.device)
+    if optimizer == "adam" and config.embedding.dtype == "fp16":
+        raise InputError(
+            f"embedding.optimizer={config.embedding.optimizer} is adam here, which with "
+            "embedding.dtype=fp16 is broken in FBGEMM; use partial_rowwise_adam or rowwise_adagrad"
+        )
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if world.device.type == "cuda" else "fp32"
@@ -72,9 +64,7 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
         sequences = default_max_sequences(data.batch_tokens, counts.tokens / counts.samples)
     return replace(
         config,
-        embedding=replace(
-            config.embedding, optimizer=table_optimizer(config.embedding.optimizer, world.device)
-        ),
+        embedding=replace(config.embedding, optimizer=optimizer),
         trainer=replace(train, precision=precision, device=kind),
         data=replace(data, max_sequences=sequences),
     )
@@ -128,9 +118,13 @@ def candidate_count(config: Config, table_rows: int, world: World) -> int:
     """Candidates of a rank's batch: its slice of the rows, or the draws and the targets."""
     if config.loss.kind == "full":
         return -(-table_rows // world.size)
-    causal = config.data.samples == "histories"
-    reads = config.data.batch_tokens if causal else config.data.max_sequences or 1
-    return config.loss.negatives + reads
+    return config.loss.negatives + _reads(config)
+
+
+def _reads(config: Config) -> int:
+    """Read positions of a batch."""
+    data = config.data
+    return data.batch_tokens if data.samples == "histories" else data.max_sequences or 1
 
 
 def sample_batch(config: Config, drawn: Candidates) -> SequenceBatch:
@@ -183,9 +177,12 @@ def training_steps(
 def evaluation_batches(
     config: Config, dataset: HistoryDataset, split: Split, world: World
 ) -> EvaluationBatches:
-    """This rank's evaluation batches of a split, in the same number on every rank."""
+    """This rank's evaluation batches of a split, in the same number on every rank.
+
+    Raises InputError for a split without a target.
+    """
     data = config.data
-    return EvaluationBatches(
+    batches = EvaluationBatches(
         dataset,
         split,
         config.trainer.targets,
@@ -194,45 +191,46 @@ def evaluation_batches(
         world.rank,
         world.size,
     )
+    if not batches.samples:
+        raise InputError(
+            f"{data.path} has no {split} target with a history before it; convert the log with "
+            "another split"
+        )
+    return batches
 
 
-def prepare_run_folder(
-    config: Config, run_dir: Path, dataset: HistoryDataset, world: World, resumes: bool
-) -> str:
-    """Write config.yaml for a new run, or compare it with the one that is resumed; its text.
-
-    Raises InputError, naming each key, when a resumed run's config or data set differs.
-    """
-    fingerprint = hashlib.sha256((dataset.folder / MANIFEST).read_bytes()).hexdigest()
-    content = {**asdict(config), "data_sha256": fingerprint}
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    path = run_dir / CONFIG
-    if resumes and path.exists():
-        before = flatten(yaml.safe_load(path.read_text()))
-        now = flatten(content)
-        changed = [
-            f"{key} was {before.get(key)}, now {now.get(key)}"
-            for key in sorted({*before, *now} - FREE_KEYS)
-            if before.get(key) != now.get(key)
-        ]
-        if changed:
-            raise InputError(
-                f"{run_dir} holds a run of another config ({'; '.join(changed)}); resume it with "
-                "its own, or give a new run_dir"
-            )
-    elif world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    if world.is_main:
-        write_atomically(path, text.encode())
-    return text
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}; values as JSON would have them, so that 1 and 1.0 are one."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = json.loads(json.dumps(value))
-    return flat
+def observer(
+    config: Config,
+    dataset: HistoryDataset,
+    run_dir: Path,
+    world: World,
+    steps: TrainingSteps,
+    state: RunState,
+) -> Observer:
+    """The run's observer, which begins by saying what an epoch holds and what is resumed."""
+    counts = steps.counts
+    scored = dataset.table_rows
+    if config.loss.kind == "sampled":
+        scored = config.loss.negatives + (_reads(config) if config.loss.in_batch else 0)
+    eyes = Observer(
+        run_dir,
+        world,
+        steps.estimated_steps(),
+        state.step,
+        config.trainer.log_every_steps,
+        flops_per_token(config.model, scored, counts.targets / counts.tokens),
+    )
+    eyes.say(
+        f"an epoch: {counts.samples:,} samples, {counts.tokens:,} tokens, "
+        f"{counts.targets:,} targets"
+    )
+    if counts.windowed_histories or counts.truncated_histories:
+        eyes.say(
+            f"histories longer than data.batch_tokens={config.data.batch_tokens}: "
+            f"{counts.windowed_histories:,} in windows ({counts.repeated_tokens:,} tokens read "
+            f"again), {counts.truncated_histories:,} truncated ({counts.dropped_tokens:,} tokens "
+            "dropped)"
+        )
+    if state.step:
+        eyes.say(f"resuming at step {state.step:,}")
+    return eyes

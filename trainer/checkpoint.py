@@ -9,8 +9,10 @@ A folder is written under a temporary name and renamed by rank 0 once every rank
 a folder with the final name is whole.
 """
 
+import io
 import json
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -47,9 +49,10 @@ class RunState:
     best_step: int = 0
     evaluations_since_best: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
+    epochs: float = 0.0  # done, with the share of the one at hand
     tokens: int = 0
-    finished: bool = False
+    seconds: float = 0.0  # of all processes of the run, from their start
+    training_seconds: float = 0.0  # of those, in steps: no start, evaluation or checkpoint
 
     def with_(self, **changes: Any) -> "RunState":
         return replace(self, **changes)
@@ -79,7 +82,9 @@ def save(
     dist.barrier()
     dcp.save(_tensors(sharded), checkpoint_id=str(temporary))
     if world.is_main:
-        torch.save(probe, temporary / PROBE)
+        buffer = io.BytesIO()
+        torch.save(probe, buffer)
+        write_atomically(temporary / PROBE, buffer.getvalue())
         write_atomically(temporary / CONFIG, config_text.encode())
         text = json.dumps(asdict(state), indent=1)
         write_atomically(temporary / STATE, text.encode())
@@ -119,7 +124,13 @@ def _load(target: dict[str, Any], folder: Path) -> None:
     try:
         dcp.load(target, checkpoint_id=str(folder))
     except dcp.api.CheckpointException as error:
-        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        causes = [one[0] for one in error.failures.values()]
+        reason = (str(causes[0]).strip() or repr(causes[0])).splitlines()[0]
+        if any(isinstance(one, OSError | EOFError | pickle.UnpicklingError) for one in causes):
+            raise InputError(
+                f"checkpoint {folder} is incomplete or damaged ({reason}); delete it to go on from "
+                "the one before"
+            ) from error
         raise InputError(
             f"checkpoint {folder} does not fit this config's model ({reason}); "
             "use the config.yaml of its run"
@@ -159,6 +170,15 @@ def find(path: Path) -> Path:
         raise InputError(f"{path} is no checkpoint and no run with a finished one")
     best = checkpoint_path(path, read_state(checkpoints[-1]).best_step)
     return best if best in checkpoints else checkpoints[-1]
+
+
+def require(run_dir: Path, step: int) -> None:
+    """Raise InputError when the run's best checkpoint, which its end needs, is gone."""
+    if step and checkpoint_path(run_dir, step) not in list_checkpoints(run_dir):
+        raise InputError(
+            f"the best checkpoint {checkpoint_path(run_dir, step)} is gone, which this run's test "
+            "figures need; put it back, or start a new run_dir with init_from"
+        )
 
 
 def prune(run_dir: Path, state: RunState, keep: int) -> None:

@@ -4,6 +4,7 @@ Every check raises InputError with the key, its value, the limit and the fix. Mo
 trainer take plain values and never see these classes.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -129,11 +130,15 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         if value in get_args(hint):
             return value
         raise InputError(f"{key}={value} is unknown; it is one of {_list(get_args(hint))}")
-    if float in kinds:  # YAML 1.1 reads 1e-3 as a string
+    if float in kinds and not isinstance(value, bool):  # YAML 1.1 reads 1e-3 as a string
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
             pass
+        else:
+            if math.isfinite(number):
+                return number
+            raise InputError(f"{key}={value} is not a finite number")
     elif type(value) in kinds:
         return value
     names = " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
@@ -161,11 +166,19 @@ def _check_values(config: Config) -> None:
         ("trainer.keep_checkpoints", train.keep_checkpoints, 1),
         ("trainer.log_every_steps", train.log_every_steps, 1),
         ("trainer.clip_norm", train.clip_norm, 0.0),
+        ("embedding.eps", table.eps, 0.0),
         ("trainer.weight_decay", train.weight_decay, 0.0),
     ]:
         if number < least:
             raise InputError(f"{key}={number} is below its least value {least}")
-    for key, share in [("model.dropout", model.dropout), ("data.mask_ratio", data.mask_ratio)]:
+    for key, share in [
+        ("model.dropout", model.dropout),
+        ("data.mask_ratio", data.mask_ratio),
+        ("trainer.beta1", train.beta1),
+        ("trainer.beta2", train.beta2),
+        ("embedding.beta1", table.beta1),
+        ("embedding.beta2", table.beta2),
+    ]:
         if not 0.0 <= share < 1.0:
             raise InputError(f"{key}={share} is outside [0, 1)")
     for key, rate in [
@@ -179,7 +192,7 @@ def _check_values(config: Config) -> None:
 
 
 def _check_combinations(config: Config) -> None:
-    model, loss, table, data = config.model, config.loss, config.embedding, config.data
+    model, loss, data = config.model, config.loss, config.data
     inner = model.expand * model.width
     if inner % model.head:
         raise InputError(
@@ -201,11 +214,6 @@ def _check_combinations(config: Config) -> None:
         )
     if loss.kind == "sampled" and loss.negatives < 1:
         raise InputError(f"loss.negatives={loss.negatives} with loss.kind=sampled; draw at least 1")
-    if table.dtype == "fp16" and table.optimizer == "adam":
-        raise InputError(
-            "embedding.optimizer=adam with embedding.dtype=fp16 is broken in FBGEMM; "
-            "use partial_rowwise_adam or rowwise_adagrad"
-        )
     parts = config.trainer.monitor.split(".")
     if len(parts) != 3 or parts[0] != "validation" or parts[1] not in ("filtered", "unfiltered"):
         raise InputError(

@@ -19,12 +19,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import SequenceBatch
+from data.errors import InputError
 from data.evaluation import EvaluationBatch
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules.recommender import Recommender
 from trainer.distributed import World
 
 CUTOFFS = (10, 20)
+DIVERGED = (
+    "training has diverged: the model holds NaN or infinite numbers; lower trainer.learning_rate "
+    "or embedding.learning_rate, or set trainer.clip_norm, and start a new run_dir"
+)
 HIDDEN_BYTES = 1 << 30  # hidden states of all ranks held before a pass over the rows
 SCORE_BYTES = 1 << 28  # scores held at once
 BLOCK_BYTES = 1 << 28  # rows looked up at once
@@ -209,13 +214,16 @@ def _rank_run(
     )
 
     target_score_N = h_ND.new_full((h_ND.shape[0],), -torch.inf)
+    finite = torch.isfinite(h_ND).all()
     for first, c_RD in blocks():
+        finite &= torch.isfinite(c_RD).all()
         for rows, scores in _score_chunks(h_ND, c_RD, first, table_rows):
             place = targets_N[rows] - first
             here = (place >= 0) & (place < c_RD.shape[0])
             value = scores.gather(1, place.where(here, 0)[:, None])[:, 0]
             target_score_N[rows] = value.where(here, target_score_N[rows])
     dist.all_reduce(target_score_N, dist.ReduceOp.MAX)
+    _require_finite(finite)
 
     before_N = torch.zeros_like(targets_N)  # items ranked before the target
     seen_before_N = torch.zeros_like(targets_N)
@@ -234,6 +242,15 @@ def _rank_run(
     # The target itself is among the items that reach its score: a count is a 1-based rank.
     answer = [before_N - seen_before_N, before_N, targets_N, lengths_N]
     return [one.cpu().numpy() for one in answer]
+
+
+def _require_finite(finite: Tensor) -> None:
+    """Raise on every rank when hidden states or rows are not finite on one: a NaN beats no rival,
+    and would rank first."""
+    every = finite.to(torch.int32)
+    dist.all_reduce(every, dist.ReduceOp.MIN)
+    if not int(every):
+        raise InputError(DIVERGED)
 
 
 def _score_chunks(

@@ -35,7 +35,7 @@ from data.bundle import (
     load_model,
     sealed,
 )
-from data.errors import InputError
+from data.errors import InputError, check_whole, reason
 from data.output_folder import new_folder
 from data.reader import HistoryDataset
 from data.schema import MANIFEST, VOCABULARY, Manifest
@@ -66,8 +66,7 @@ class ExportConfig:
             raise InputError(f"rows={self.rows} is unknown; choose {' | '.join(ROW_FORMATS)}")
         if not isinstance(self.min_agreement, int | float) or not 0 <= self.min_agreement <= 1:
             raise InputError(f"min_agreement={self.min_agreement} is outside [0, 1]")
-        if not isinstance(self.block_bytes, int) or self.block_bytes < 1:
-            raise InputError(f"block_bytes={self.block_bytes} must be a whole number above 0")
+        check_whole("block_bytes", self.block_bytes, 1)
         if not isinstance(self.overwrite, bool):
             raise InputError(f"overwrite={self.overwrite} must be true or false")
 
@@ -110,7 +109,7 @@ def export(config: ExportConfig) -> BundleManifest:
 def open_source(path: Path, data: str | None) -> Source:
     """Find the checkpoint that `path` names and what belongs to it. Raises InputError."""
     folder = find(path)
-    config = yaml.safe_load((folder / CONFIG).read_text())
+    config = _run_config(folder / CONFIG)
     place = Path(data or config["data"]["path"])
     if not (place / MANIFEST).exists():
         raise InputError(
@@ -119,7 +118,8 @@ def open_source(path: Path, data: str | None) -> Source:
         )
     if hashlib.sha256((place / MANIFEST).read_bytes()).hexdigest() != config["data_sha256"]:
         raise InputError(
-            f"{place} is not the data set that {folder} was trained on; give data_path=DIR"
+            f"{place} is not the data set that {folder} was trained on; name that one with "
+            "data_path=DIR"
         )
     dataset, table = Manifest.read(place), StoredTable(folder)
     if table.rows != dataset.table_rows:
@@ -129,17 +129,41 @@ def open_source(path: Path, data: str | None) -> Source:
     return Source(folder, config, table, place, dataset)
 
 
+def _run_config(path: Path) -> dict[str, Any]:
+    """The run's config, with all that the export reads of it."""
+    try:
+        config = yaml.safe_load(path.read_text())
+        for part, key in (("data", "path"), ("trainer", "targets")):
+            config[part][key]
+        for key in ("data_sha256", "seed"):
+            config[key]
+        ModelConfig(**config["model"])
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path} is absent or damaged ({reason(error)}); copy the {CONFIG} of the run's folder "
+            "there, or export another checkpoint"
+        ) from error
+    return config
+
+
 def load_encoder(source: Source) -> Encoder:
-    """The trained encoder, in eval mode."""
+    """The trained encoder, in eval mode. Raises InputError."""
     encoder = Encoder(**asdict(ModelConfig(**source.config["model"])))
     with warnings.catch_warnings():
         # "torch.distributed is disabled": that is what no_dist asks for.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(
-            {"model": {"encoder": encoder.state_dict()}},
-            checkpoint_id=str(source.folder),
-            no_dist=True,
-        )
+        try:
+            dcp.load(
+                {"model": {"encoder": encoder.state_dict()}},
+                checkpoint_id=str(source.folder),
+                no_dist=True,
+            )
+        except dcp.api.CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise InputError(
+                f"the encoder in {source.folder} is damaged or not that of its {CONFIG} "
+                f"({reason(cause)}); use another checkpoint"
+            ) from error
     return encoder.eval()
 
 
@@ -170,8 +194,10 @@ def _probe(folder: Path) -> dict[str, Tensor]:
     path = folder / PROBE
     try:
         return torch.load(path, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); use another checkpoint") from error
+    except Exception as error:  # a damaged pickle fails in a dozen ways
+        raise InputError(
+            f"{path} cannot be read ({reason(error)}); use another checkpoint"
+        ) from error
 
 
 def _report(parity: Parity) -> None:
@@ -198,14 +224,14 @@ def _report_loss(source: Source, encoder: Encoder, model: Any, config: ExportCon
 
 
 def _judge(parity: Parity, config: ExportConfig) -> None:
-    if parity.overlap < config.min_agreement:
-        reason = (
+    if not parity.overlap >= config.min_agreement:  # NaN is not enough either
+        finding = (
             f"agrees with the trainer on {parity.overlap:.4f} of the top {parity.items} items"
             if parity.users
             else "cannot be compared with the trainer, the checkpoint's probe has no user"
         )
         raise InputError(
-            f"the bundle {reason}, below min_agreement={config.min_agreement}; nothing was written"
+            f"the bundle {finding}, below min_agreement={config.min_agreement}; nothing was written"
             + ("" if config.rows == "fp32" else "; rows=fp32 is exact")
         )
 

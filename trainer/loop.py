@@ -35,6 +35,7 @@ class Run:
     table_rows: int
     validation: EvaluationBatches
     observer: Observer
+    started: float  # time.monotonic() at this process's start
 
 
 def train(run: Run, steps: TrainingSteps, state: RunState) -> RunState:
@@ -43,35 +44,69 @@ def train(run: Run, steps: TrainingSteps, state: RunState) -> RunState:
     Every rank takes the same steps: the loader plans them from lengths alone, and the figures
     that end a run early are equal on every rank.
     """
-    config, started = run.config, time.monotonic() - state.seconds
-    rates = Rates(run.sharded, config)
-    for step in steps:
+    rates = Rates(run.sharded, run.config)
+    clock = Clock(run.started, state)
+    for step in steps if not out_of_patience(run, state) else ():
         rate = rates.set(state.step, step.progress)
         loss = train_step(run, step, state.step)
-        state = state.with_(
-            step=state.step + 1,
-            position=step.position,
-            epoch=step.epoch,
-            epoch_start=step.epoch_start,
-            tokens=state.tokens + step.tokens,
-            seconds=time.monotonic() - started,
+        state = clock.stamp(
+            state.with_(
+                step=state.step + 1,
+                position=step.position,
+                epoch=step.epoch,
+                epoch_start=step.epoch_start,
+                epochs=step.progress * run.config.max_epochs,
+                tokens=state.tokens + step.tokens,
+            )
         )
         run.observer.step(state.step, loss, step.tokens, step.targets, rate)
-        over = step.progress >= 1.0
-        evaluates = step.ends_epoch and (step.epoch + 1) % config.evaluate_every_epochs == 0
-        saves = config.checkpoint_every_steps and state.step % config.checkpoint_every_steps == 0
-        if evaluates or over or saves:
+        evaluates, saves = due(run.config, step, state.step)
+        if evaluates or saves:
             paused = run.observer.pause()
-            if evaluates or over:
+            run.observer.require_finite(state.step)
+            if evaluates:
                 state = evaluate_and_judge(run, state)
             store(run, state)
-            run.observer.resume(paused)
-        if config.patience and state.evaluations_since_best >= config.patience:
-            run.observer.say(
-                f"stopped: {config.monitor} has not risen for {config.patience} evaluations"
-            )
+            clock.away += run.observer.resume(paused)
+        if out_of_patience(run, state):
             break
+    if not state.best_step and state.step:  # resumed with fewer epochs than one evaluation takes
+        state = evaluate_and_judge(run, state)
+        store(run, state)
     return state
+
+
+def due(config: TrainerConfig, step: Step, number: int) -> tuple[bool, bool]:
+    """(evaluate, save) after this step; both hold at the end of training."""
+    over = step.progress >= 1.0
+    evaluates = step.ends_epoch and (step.epoch + 1) % config.evaluate_every_epochs == 0
+    every = config.checkpoint_every_steps
+    return evaluates or over, bool(every) and number % every == 0
+
+
+def out_of_patience(run: Run, state: RunState) -> bool:
+    """Whether the monitored figure has not risen for `patience` evaluations."""
+    patience = run.config.patience
+    if not patience or state.evaluations_since_best < patience:
+        return False
+    run.observer.say(f"stopped: {run.config.monitor} has not risen for {patience} evaluations")
+    return True
+
+
+class Clock:
+    """Seconds of the whole run, over all its processes: `stamp` writes them into the state."""
+
+    def __init__(self, started: float, state: RunState) -> None:
+        """started: time.monotonic() at this process's start."""
+        self.wall_zero = started - state.seconds
+        self.training_zero = time.monotonic() - state.training_seconds
+        self.away = 0.0  # evaluation and checkpoints of this process
+
+    def stamp(self, state: RunState) -> RunState:
+        now = time.monotonic()
+        return state.with_(
+            seconds=now - self.wall_zero, training_seconds=now - self.training_zero - self.away
+        )
 
 
 def train_step(run: Run, step: Step, number: int) -> Tensor:

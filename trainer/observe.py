@@ -4,6 +4,7 @@ Only rank 0 shows and writes anything. The one collective is the sum of the loss
 that the config fixes, so all ranks agree on it.
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from data.errors import InputError
 from trainer.config import ModelConfig
 from trainer.distributed import World
+from trainer.evaluate import DIVERGED
 
 # Dense bf16 matmul rates of the data sheets, FLOP/s; MFU is shown for these devices only.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -71,11 +73,8 @@ class Observer:
         loss = float(self._loss) / max(1, self._targets)
         seconds = time.perf_counter() - self._since
         speed = self._tokens / seconds
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise InputError(
-                f"the loss is {loss} by step {step}; lower trainer.learning_rate or "
-                "embedding.learning_rate, or set trainer.clip_norm"
-            )
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} by step {step}; {DIVERGED}")
         numbers = {
             "loss": loss,
             "tokens_per_second": speed,
@@ -105,13 +104,22 @@ class Observer:
                 return tokens_per_second * self.flops_a_token / (peak * self.world.size)
         return None
 
+    def require_finite(self, step: int) -> None:
+        """Raise InputError when a loss since the last line was not finite. Collective."""
+        pending = self._loss.clone()
+        dist.all_reduce(pending)
+        if not math.isfinite(float(pending)):
+            raise InputError(f"the loss is {float(pending)} by step {step}; {DIVERGED}")
+
     def pause(self) -> float:
         """Start of what is not training (evaluation, checkpoint); pass the answer to `resume`."""
         return time.perf_counter()
 
-    def resume(self, paused: float) -> None:
-        """Keep what lies between out of the interval's speed."""
-        self._since += time.perf_counter() - paused
+    def resume(self, paused: float) -> float:
+        """Keep what lies between out of the interval's speed; the seconds that it took."""
+        away = time.perf_counter() - paused
+        self._since += away
+        return away
 
     def say(self, line: str) -> None:
         """A line above the bar, from rank 0."""

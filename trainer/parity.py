@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.packing import cut_packs
+from data.bundle import all_numbers
+from data.cutting import cut_packs
+from data.errors import InputError
 from data.reader import HistoryDataset, concatenated_ranges
 
 QUALITY_USERS = 1000
@@ -37,11 +39,23 @@ class Parity:
 
 @torch.no_grad()
 def compare(model: Any, probe: dict[str, Tensor]) -> Parity:
-    """Run the scorer on the probe's histories (see `trainer.loop.probe`) and compare."""
+    """Run the scorer on the probe's histories (see `trainer.loop.probe`) and compare.
+
+    Raises InputError where the trainer or the scorer answered NaN or infinity.
+    """
     users, k = probe["items"].shape
     if users == 0:
         return Parity(0, k, 0.0, 0.0, float("inf"))
+    if not all_numbers(probe["scores"]):
+        raise InputError(
+            "the checkpoint's model answers NaN or infinite scores; export an earlier checkpoint"
+        )
     rows_BK, scores_BK = model(probe["history"], probe["offsets"], k, False)
+    if not all_numbers(scores_BK):
+        raise InputError(
+            "the exported model answers NaN or infinite scores where the trainer's are finite; "
+            "use rows=fp32 or export an earlier checkpoint"
+        )
     real_BK = torch.isfinite(probe["scores"])  # fewer than k items exist in a tiny catalogue
     same_BKK = (probe["items"].unsqueeze(2) == rows_BK.unsqueeze(1)) & real_BK.unsqueeze(2)
     overlap_B = same_BKK.any(2).sum(1) / real_BK.sum(1)

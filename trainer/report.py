@@ -6,12 +6,13 @@ from typing import Any
 
 from data.schema import write_atomically
 
+SUMMARY = "summary.json"
 FIGURES = [f"{name}@{k}" for k in (10, 20) for name in ("hr", "ndcg", "mrr")]
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """Write summary.json and report.md. For rank 0 alone."""
-    write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=1, allow_nan=False).encode())
     write_atomically(run_dir / "report.md", report(summary).encode())
 
 
@@ -41,7 +42,8 @@ def report(summary: dict[str, Any]) -> str:
         "## Run",
         "",
         f"Best step {summary['best_step']:,} of {summary['steps']:,} ({summary['epochs']:.1f} "
-        f"epochs), {summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s on "
+        f"epochs), {summary['seconds']:.0f} s with all restarts, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s on "
         f"{summary['world_size']} x {summary['device']}{started}, seed {summary['seed']}; "
         f"{versions}.",
         "",

@@ -223,6 +223,18 @@ def table_bytes(module: Recommender, config: TableConfig, device: torch.device) 
     return rows * (width * weight + 4 * (per_width * width + constant))
 
 
+def describe_memory(module: Recommender, config: TableConfig, world: World) -> list[str]:
+    """What a run keeps for good, by part."""
+    dense = sum(one.numel() for one in module.encoder.parameters())
+    table = table_bytes(module, config, world.device)
+    return [
+        f"item table with {config.optimizer} state: {table / 2**20:,.1f} MiB over "
+        f"{world.size} x {world.device.type}",
+        f"encoder: {dense:,} parameters, {16 * dense / 2**20:,.1f} MiB a rank with gradients and "
+        "AdamW state",
+    ]
+
+
 def memory_bytes(world: World) -> tuple[int, int]:
     """(device memory, host memory) in bytes that one rank may use; device is 0 on the CPU."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from data.errors import InputError
+from data.errors import InputError, reason
 from modules.item_table import TABLE
 
 TABLE_NAME = f"model.table.collection.embeddings.{TABLE}.weight"
@@ -41,7 +41,12 @@ class StoredTable:
 
     def __init__(self, folder: Path, name: str = TABLE_NAME) -> None:
         reader = FileSystemReader(str(folder))
-        metadata = reader.read_metadata()
+        try:
+            metadata = reader.read_metadata()
+        except Exception as error:  # a damaged pickle fails in a dozen ways
+            raise InputError(
+                f"{folder / '.metadata'} is damaged ({reason(error)}); use another checkpoint"
+            ) from error
         table = metadata.state_dict_metadata.get(name)
         if not isinstance(table, TensorStorageMetadata):
             raise InputError(f"{folder} holds no item table ({name}); give a checkpoint of a run")
@@ -96,7 +101,7 @@ def _mapped(path: Path, offset: int, length: int) -> Tensor:
             offset=offset + storage._checkpoint_offset,
             shape=(storage.nbytes(),),
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged ({error}); use another checkpoint") from error
+    except Exception as error:  # a damaged pickle fails in a dozen ways
+        raise InputError(f"{path} is damaged ({reason(error)}); use another checkpoint") from error
     numbers = torch.from_numpy(mapped).view(described.dtype)
     return numbers.as_strided(described.shape, described.stride(), described.storage_offset())

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.batch import SequenceBatch
+from data.loader import Step
 from data.negatives import full_slice
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules.encoder import Encoder
@@ -23,9 +24,13 @@ from trainer.checkpoint import RunState, checkpoint_path, load, save
 from trainer.config import TableConfig, TrainerConfig
 from trainer.distributed import World, process_group, quiet_libraries
 from trainer.evaluate import top_items
+from trainer.loop import Run, train_step
 from trainer.sharding import Sharded, plan_table, shard
 
 ROWS, WIDTH, TOKENS, NEGATIVES, STEPS = 101, 16, 32, 24, 8
+TRAIN = TrainerConfig(
+    "cpu", "fp32", False, 1, 1e-2, 0.9, 0.98, 0.1, 1.0, "constant", 0, 1, "", 0, "all", 0, 1, 1
+)
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
 
 
@@ -49,27 +54,25 @@ def main(out: Path, checkpoints: Path | None) -> None:
 
 def build(world: World, sharding: str, loss) -> Sharded:
     table = TableConfig(sharding, "fp32", "adagrad", 0.05, 0.9, 0.98, 1e-8)
-    train = TrainerConfig(
-        "cpu", "fp32", False, 1, 1e-2, 0.9, 0.98, 0.1, 1.0, "constant", 0, 1, "", 0, "all", 0, 1, 1
-    )
     torch.manual_seed(1)
     encoder = Encoder("causal", WIDTH, 1, 4, 8, 2, 4, 0.0, True)
     recommender = Recommender(ItemTable(ROWS, WIDTH, device=torch.device("meta")), encoder, loss)
     plan = plan_table(recommender, table, world, TOKENS, ROWS)
-    return shard(recommender, plan, table, train, world, seed=3)
+    return shard(recommender, plan, table, TRAIN, world, seed=3)
 
 
 def step(sharded: Sharded, world: World, number: int, sampled: bool) -> float:
     """One step on global batch `number`; the mean loss over all its targets."""
     batch = global_batch(number % 2, world, sampled)
-    sharded.optimizer.zero_grad()
-    loss = sharded.model(batch)
-    (loss * (world.size / batch.step_targets)).backward()
-    torch.nn.utils.clip_grad_norm_(sharded.dense_parameters, 1.0)
-    sharded.optimizer.step()
-    total = loss.detach().clone()
+    one = Step(batch, number, 0, 0, False, 0.0, 2 * TOKENS, 25)
+    total = train_step(run_of(sharded, world), one, number)
     dist.all_reduce(total)
     return float(total / batch.step_targets)
+
+
+def run_of(sharded: Sharded, world: World) -> Run:
+    """As much of a run as `train_step` reads."""
+    return Run(TRAIN, "", 1, Path(), world, sharded, ROWS, None, None, 0.0)  # type: ignore[arg-type]
 
 
 def global_batch(number: int, world: World, sampled: bool) -> SequenceBatch:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ir_measures import RR, Success, nDCG
 
+from data.errors import InputError
 from data.evaluation import EvaluationBatches
 from data.reader import HistoryDataset
 from data.schema import RESERVED_ROWS
@@ -129,3 +130,10 @@ def test_metrics_equal_an_independent_library():
         assert ours[f"hr@{k}"] == pytest.approx(theirs[Success @ k])
         assert ours[f"ndcg@{k}"] == pytest.approx(theirs[nDCG @ k])
         assert ours[f"mrr@{k}"] == pytest.approx(theirs[RR @ k])
+
+
+def test_a_diverged_model_is_no_perfect_one(dataset, one_rank):
+    recommender = make_recommender()
+    next(recommender.table.parameters()).data[20] = torch.nan
+    with pytest.raises(InputError, match="training has diverged"):
+        evaluate(recommender, batches(dataset), one_rank, ROWS)

@@ -166,6 +166,27 @@ def test_a_model_that_is_off_is_refused(made, tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_model_that_answers_nan_is_refused(made, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(find(made.run), folder)
+    config = ExportConfig(str(folder), str(tmp_path / "b"), min_agreement=0.0)
+    broken = lambda table, _: iter([torch.full((table.rows, table.width), torch.nan)])  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredTable, "blocks", broken)
+        with pytest.raises(InputError, match=r"exported model answers NaN .*rows=fp32"):
+            export(config)
+    probe = torch.load(folder / "probe.pt", weights_only=True)
+    probe["scores"][2, 3] = torch.nan
+    torch.save(probe, folder / "probe.pt")
+    with pytest.raises(InputError, match=r"checkpoint's model answers NaN .*an earlier checkpoint"):
+        export(config)
+    probe["scores"][2] = -torch.inf  # no item at all: the mean overlap is NaN
+    torch.save(probe, folder / "probe.pt")
+    with pytest.raises(InputError, match="below min_agreement"):
+        export(config)
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
+
+
 def test_parity_counts_what_differs(made):
     bundle = Bundle.open(made.bundle, CPU)
     probe = torch.load(find(made.run) / "probe.pt", weights_only=True)
@@ -181,6 +202,8 @@ def test_refusals(made, tmp_path):
     there = str(made.bundle)
     with pytest.raises(InputError, match="already exists"):
         export(ExportConfig(str(made.run), there))
+    with pytest.raises(InputError, match="block_bytes=0 must be a whole number, 1 or more"):
+        ExportConfig(str(made.run), there, block_bytes=0)
     with pytest.raises(InputError, match="rows=int4 is unknown"):
         ExportConfig(str(made.run), there, rows="int4")
     with pytest.raises(InputError, match="holds 'histories'"):
@@ -189,6 +212,60 @@ def test_refusals(made, tmp_path):
         export(ExportConfig(str(tmp_path), str(tmp_path / "b")))
     with pytest.raises(InputError, match=r"is not there; name its new place with data_path=DIR"):
         export(ExportConfig(str(made.run), str(tmp_path / "b"), data_path=str(tmp_path)))
+
+
+def truncate(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def other_width(path: Path) -> None:
+    path.write_text(path.read_text().replace("width: 16", "width: 24"))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("config.yaml", Path.unlink, "config.yaml is absent or damaged .*the run's folder"),
+        (
+            "config.yaml",
+            lambda path: path.write_text("a: [b\nc: }"),
+            "config.yaml is absent or dam",
+        ),
+        ("config.yaml", lambda path: path.write_text("model: {}"), r"config.yaml .*\('data'\)"),
+        ("config.yaml", lambda path: path.write_text(""), "config.yaml is absent or damaged"),
+        ("*.distcp", Path.unlink, "distcp is damaged .*use another checkpoint"),
+        ("*.distcp", lambda path: path.write_bytes(b""), "distcp is damaged .*another checkpoint"),
+        ("*.distcp", lambda path: truncate(path, 0.05), "is damaged .*another checkpoint"),
+        ("config.yaml", other_width, r"the encoder in .*/run is damaged or not that of its config"),
+        ("*.distcp", lambda path: path.write_bytes(b"x" * 99_999), "is damaged .*another check"),
+        (".metadata", lambda path: path.write_bytes(b"x" * 99), ".metadata is damaged"),
+        ("probe.pt", Path.unlink, "probe.pt cannot be read .*another checkpoint"),
+        ("probe.pt", lambda path: path.write_bytes(b"x" * 99), "probe.pt cannot be read .*another"),
+        ("probe.pt", lambda path: truncate(path, 0.5), "probe.pt cannot be read .*another"),
+    ],
+)
+def test_damaged_checkpoints_are_named(made, tmp_path, name, spoil, message):
+    folder = tmp_path / "run"
+    shutil.copytree(find(made.run), folder)
+    (path,) = folder.glob(name)
+    spoil(path)
+    with pytest.raises(InputError, match=message) as raised:
+        export(ExportConfig(str(folder), str(tmp_path / "b")))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_data_set_that_moved_is_named_on_the_command_line(made, tmp_path):
+    """As the config of a run that was started in another folder with a relative path."""
+    folder = tmp_path / "run"
+    shutil.copytree(find(made.run), folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace(str(made.data), "elsewhere/data"))
+    command = ["trainer.export", f"checkpoint={folder}", f"output={tmp_path / 'b'}"]
+    line = run_command(*command, fails=True)
+    assert "elsewhere/data" in line
+    assert "data_path=DIR" in line
+    assert "overlap 1.0000" in run_command(*command, f"data_path={made.data}")
 
 
 def test_command_replaces_a_bundle_when_told(made, tmp_path):

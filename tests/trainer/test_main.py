@@ -1,5 +1,6 @@
 """The training command as users run it: two ranks, killed and resumed, over two hosts."""
 
+import fcntl
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ TINY = [
     "trainer.checkpoint_every_steps=5",
     "trainer.keep_checkpoints=50",
     "trainer.max_epochs=4",
+    "trainer.device=cpu",
 ]
 
 
@@ -126,6 +128,9 @@ def test_killed_run_resumes_with_the_same_losses(data, straight, tmp_path):
     resumed = losses(finish(start(arguments)))
     assert min(resumed) == max(saved) + 1
     assert resumed == {step: loss for step, loss in expected.items() if step > max(saved)}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["epochs"] == 4.0
+    assert summary["samples"]["samples"] == 80
 
 
 def test_resume_with_another_config_is_refused(data, straight):
@@ -134,6 +139,63 @@ def test_resume_with_another_config_is_refused(data, straight):
     output, _ = done.communicate(timeout=120)
     assert done.returncode != 0
     assert "another config (model.dropout was 0.2, now 0.5; seed was 1, now 9)" in output
+
+
+def test_finished_run_is_left_as_it_is(data, straight):
+    run_dir, _ = straight
+    before = (run_dir / "summary.json").read_bytes()
+    assert "this run is finished" in finish(start([f"data.path={data}", f"run_dir={run_dir}"]))
+    assert (run_dir / "summary.json").read_bytes() == before
+
+
+def test_diverged_run_stops_before_it_stores_anything(data, tmp_path):
+    wild = ["trainer.learning_rate=1e30", "embedding.learning_rate=1e30", "trainer.clip_norm=0"]
+    error = error_of([f"data.path={data}", f"run_dir={tmp_path}", *wild])
+    assert "training has diverged" in error or "lower trainer.learning_rate" in error
+    assert not list_checkpoints(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_one_live_run_a_folder(data, tmp_path):
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        error = error_of([f"data.path={data}", f"run_dir={tmp_path}"])
+    assert f"another run is writing {tmp_path}; wait for it" in error
+
+
+def test_init_from_wants_the_same_items(data, straight, tmp_path):
+    run_dir, _ = straight
+    other = write_dataset(tmp_path / "other", [[9, 8, 10, 11] * 3] * 30, table_rows=38)
+    warm = [f"run_dir={tmp_path / 'run'}", f"init_from={run_dir}"]
+    assert "trained with another vocabulary" in error_of([f"data.path={other}", *warm])
+    command = [sys.executable, "trainer/main.py", *TINY, f"data.path={data}", *warm]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first = float(done.stdout.split("loss ")[1].split()[0])
+    assert first < 2.5, "a warm start begins where the other run ended"
+
+
+def test_data_without_a_validation_target_is_refused_at_once(tmp_path):
+    bare = write_dataset(tmp_path / "bare", [[8, 9, 10, 11]] * 9, n_train=[4] * 9)
+    error = error_of([f"data.path={bare}", f"run_dir={tmp_path / 'run'}"])
+    assert "has no validation target" in error
+    assert not (tmp_path / "run").exists()
+
+
+def error_of(arguments: list[str]) -> str:
+    """The one line that a command of one process ends with."""
+    done = subprocess.run(
+        [sys.executable, "trainer/main.py", *TINY, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return error
 
 
 def test_two_hosts_of_one_process_each(data, straight, tmp_path):
@@ -183,19 +245,9 @@ def test_dry_run_plans_and_writes_nothing(data, tmp_path):
         (["run_dir=R"], "missing on the command line: data.path=…"),
         (["data.path=a(b", "run_dir=R"], "cannot read the argument 'data.path=a(b'"),
         (["data.path=D", "run_dir=R", "trainer.device=cuda"], "torch sees no GPU"),
+        (["data.path={data}", "run_dir=README.md"], "cannot write run_dir="),
     ],
 )
-def test_user_errors_are_one_sentence(arguments, message):
-    done = subprocess.run(
-        [sys.executable, "trainer/main.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    assert message in errors[0]
-    assert "Traceback" not in done.stderr
+def test_user_errors_are_one_sentence(data, arguments, message):
+    arguments = [one.replace("{data}", str(data)) for one in arguments]
+    assert message in error_of(arguments)

@@ -8,6 +8,7 @@ Legend: T tokens, S read positions, C candidates, D width.
 """
 
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -83,6 +84,7 @@ def assemble(
             dataset.table_rows,
             validation,
             observer,
+            time.monotonic(),
         ),
         steps,
     )
