@@ -140,11 +140,24 @@ class Bundle:
     def score(
         self, items_T: torch.Tensor, offsets_B1: torch.Tensor, k: int, exclude_seen: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(table rows [B, k], scores [B, k]) on the CPU; see `modules.scorer.Scorer.forward`."""
+        """(table rows [B, k], scores [B, k]) on the CPU; see `modules.scorer.Scorer.forward`.
+
+        Raises InputError for a model that answers NaN or infinity.
+        """
         rows, scores = self.model(
             items_T.to(self.device), offsets_B1.to(self.device), k, exclude_seen
         )
-        return rows.cpu(), scores.cpu()
+        rows, scores = rows.cpu(), scores.cpu()
+        if not all_numbers(scores):
+            raise InputError(
+                f"bundle {self.folder} answers NaN or infinite scores; export another checkpoint"
+            )
+        return rows, scores
+
+
+def all_numbers(scores: torch.Tensor) -> bool:
+    """Whether no score is NaN or +inf; -inf stands where fewer than k items remain."""
+    return bool((scores < torch.inf).all())
 
 
 def load_model(model: Path, parts: Iterable[Path], device: torch.device) -> Any:

@@ -18,7 +18,8 @@ def open_engine(
     """A DuckDB whose tables and spilled data lie in `folder`; the caller removes the folder.
 
     Raises InputError when the limits cannot be read, and, from inside the block, when the engine
-    runs out of memory or disk. The limit is the engine's own: the process takes some 0.3 GB more.
+    runs out of memory or disk, and KeyboardInterrupt for a query that Ctrl-C ended. The limit is
+    the engine's own: the process takes some 0.3 GB more.
     """
     config = {
         "memory_limit": memory_limit,
@@ -44,6 +45,10 @@ def open_engine(
             f"memory_limit={memory_limit} or the disk of the output is too small "
             f"({first_line(error)}); raise the limit or free space"
         ) from error
+    except (duckdb.InterruptException, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "interrupted" not in str(error):
+            raise
+        raise KeyboardInterrupt from error
     finally:
         connection.close()
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from data.batch import SequenceBatch
-from data.packing import PackArrays, assemble, cut_packs, in_steps, to_batch
+from data.cutting import cut_packs
+from data.packing import PackArrays, assemble, in_steps, to_batch
 from data.prefetch import NOBODY, WindowReader
 from data.randomness import Purpose, generator
 from data.reader import HistoryDataset

@@ -1,5 +1,6 @@
 """The SQL that reads a raw log: its columns by the user's names, typed, with bad rows marked."""
 
+import itertools
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -40,6 +41,10 @@ class LogRules:
     csv_types: dict[str, str] = field(default_factory=dict)  # column: DuckDB type, else detected
 
     def __post_init__(self) -> None:
+        roles = {"columns.user": self.user, "columns.item": self.item, "columns.time": self.time}
+        for (option, name), (other, same) in itertools.combinations(roles.items(), 2):
+            if name == same:
+                raise InputError(f"{option} and {other} are both {name}; name two columns")
         if self.deduplicate not in DEDUPLICATE:
             raise InputError(
                 f"deduplicate={self.deduplicate} is unknown; choose {' | '.join(DEDUPLICATE)}"
@@ -69,11 +74,14 @@ class LogQuery:
     """`events`: user_id, item_id, time, f0, f1, … and `mark`, null for a good row.
 
     `total` counts all rows where `events` leaves out those that `where` drops (Parquet, where the
-    condition can skip row groups); for CSV it is None and they come marked FILTERED.
+    condition can skip row groups); for CSV it is None and they come marked FILTERED. `raw` is
+    user, item, time as they stand in the log, and mark; `types` are its columns' types.
     """
 
     events: str
     total: str | None
+    raw: str
+    types: dict[str, str]
 
 
 def log_query(connection: duckdb.DuckDBPyConnection, files: LogFiles, rules: LogRules) -> LogQuery:
@@ -83,24 +91,56 @@ def log_query(connection: duckdb.DuckDBPyConnection, files: LogFiles, rules: Log
     is no condition; DuckDB's own errors are those of damaged files.
     """
     names = f"[{', '.join(quoted_path(path) for path in files.paths)}]"
-    hive = f"hive_partitioning={str(files.hive_partitioned).lower()}"
+    hive = f"hive_partitioning={str(bool(files.partitions)).lower()}"
+    columns = "*"
+    if files.partitions:
+        _check_partitions(connection, files, names, rules)
+        left_out = ", ".join(quoted(key) for key in dict.fromkeys(files.outer))
+        columns = f"* EXCLUDE ({left_out})" if left_out else "*"
     if files.kind == "parquet":
-        source = f"FROM read_parquet({names}, union_by_name=true, {hive})"
+        source = f"SELECT {columns} FROM read_parquet({names}, union_by_name=true, {hive})"
         types = _types(connection, source, rules)
-        query = _select(source, types, rules, False)
+        query, raw = _select(source, types, rules, False)
         total = f"SELECT sum(num_rows)::BIGINT FROM parquet_file_metadata({names})"
     else:
-        options = (
-            f"header=true, quote='\"', escape='\"', delim='{_delimiter(files, rules)}', {hive}"
-        )
-        detected = f"FROM read_csv({names}, {options}, ignore_errors=true)"
+        options = f"{_csv_options(files, rules)}, {hive}"
+        detected = f"SELECT {columns} FROM read_csv({names}, {options}, ignore_errors=true)"
         types = _types(connection, detected, rules) | rules.csv_types
         text = f"FROM read_csv({names}, {options}, all_varchar=true, store_rejects=true)"
         source = _from_text(text, types, rules)
-        query = _select(source, types, rules, True)
+        query, raw = _select(source, types, rules, True)
         total = None
     _check_where(connection, source, rules)
-    return LogQuery(query, total)
+    return LogQuery(query, total, raw, types)
+
+
+def _check_partitions(
+    connection: duckdb.DuckDBPyConnection, files: LogFiles, names: str, rules: LogRules
+) -> None:
+    """A partition replaces a column of its name, and the engine takes folders above for one too."""
+    options = "union_by_name=true"
+    if files.kind == "csv":
+        options = f"{_csv_options(files, rules)}, ignore_errors=true"
+    reader = f"FROM read_{files.kind}({names}, {options}, hive_partitioning=false)"
+    columns = [str(row[0]) for row in connection.execute(f"DESCRIBE {reader}").fetchall()]
+    taken = {name.lower(): f"the column {name} of the files" for name in columns}
+    for key in files.partitions:
+        if key.lower() in taken:
+            raise InputError(
+                f"the folders {key}=… of {files.paths[0]} would replace "
+                f"{taken[key.lower()]}; rename the folders or the column"
+            )
+    taken |= {key.lower(): f"the partition {key} below it" for key in files.partitions}
+    for key in files.outer:
+        if key.lower() in taken:
+            raise InputError(
+                f"{files.paths[0]} lies in a folder {key}=… above the input, which would replace "
+                f"{taken[key.lower()]}; move the log or rename that folder"
+            )
+
+
+def _csv_options(files: LogFiles, rules: LogRules) -> str:
+    return f"header=true, quote='\"', escape='\"', delim='{_delimiter(files, rules)}'"
 
 
 def _delimiter(files: LogFiles, rules: LogRules) -> str:
@@ -138,7 +178,8 @@ def _from_text(text: str, types: dict[str, str], rules: LogRules) -> str:
     return f"SELECT {casts}, {kept} {text}"
 
 
-def _select(source: str, types: dict[str, str], rules: LogRules, text: bool) -> str:
+def _select(source: str, types: dict[str, str], rules: LogRules, text: bool) -> tuple[str, str]:
+    """The queries `events` and `raw` of LogQuery."""
     columns = [quoted(rules.user), quoted(rules.item), quoted(rules.time)]
     raw = ["__text_user", "__text_item", "__text_time"] if text else columns
     user = _id_value("columns.user", rules.user, types)
@@ -155,10 +196,11 @@ def _select(source: str, types: dict[str, str], rules: LogRules, text: bool) -> 
     features = "".join(
         f", {_feature(name, types)} AS f{place}" for place, name in enumerate(rules.features)
     )
-    return (
-        f"SELECT {user} AS user_id, {item} AS item_id, {time} AS time{features}, "
-        f"CAST(CASE {' '.join(marks)} END AS UTINYINT) AS mark FROM ({source}) {where}"
-    )
+    rest = f"CAST(CASE {' '.join(marks)} END AS UTINYINT) AS mark FROM ({source}) {where}"
+    values = f"{user} AS user_id, {item} AS item_id, {time} AS time{features}"
+    names = zip(raw, ("user", "item", "time"), strict=True)
+    texts = ", ".join(f"{column} AS {name}" for column, name in names)
+    return f"SELECT {values}, {rest}", f"SELECT {texts}, {rest}"
 
 
 def _id_value(option: str, name: str, types: dict[str, str]) -> str:

@@ -5,16 +5,17 @@ VARCHAR. `seq` is the input order (file in sorted path order, then row) and brea
 f0, f1, … are the feature columns. The log never lies in memory whole.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 import pyarrow.parquet as pq
 
-from data.engine import first_line, quoted_path, scalar
+from data.engine import first_line, one_row, quoted_path, scalar
 from data.errors import InputError
-from data.log_files import LogFiles, partition_keys
-from data.log_query import BAD_REASONS, FILTERED, LogRules, log_query
+from data.log_files import LogFiles
+from data.log_query import BAD_REASONS, FILTERED, LogQuery, LogRules, log_query
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def read_events(
     item or time, or is a malformed CSV line. Raises InputError for more bad rows than
     `max_bad_rows`, unusable columns, a `where` that is no condition, and damaged files.
     """
-    marks, total = _load(connection, files, rules)
+    query, marks, total = _load(connection, files, rules)
     bad = {name: marks[mark] for mark, name in BAD_REASONS.items() if mark in marks}
     if files.kind == "csv":
         lines = scalar(connection, "SELECT count(DISTINCT (file_id, line)) FROM reject_errors")
@@ -51,7 +52,8 @@ def read_events(
         reasons = ", ".join(f"{count:,} {name}" for name, count in bad.items())
         raise InputError(
             f"{bad_rows:,} of {read:,} rows are bad ({reasons}), above "
-            f"max_bad_rows={max_bad_rows}; mend them, drop them with where=…, or raise the limit"
+            f"max_bad_rows={max_bad_rows}{_example(connection, files, rules, query, bad)}; mend "
+            "them, drop them with where=…, or raise the limit"
         )
     if good == 0:
         raise InputError(f"no event is left of {read:,} rows; check where={rules.where}")
@@ -71,18 +73,44 @@ def time_type(connection: duckdb.DuckDBPyConnection) -> str:
 
 def _load(
     connection: duckdb.DuckDBPyConnection, files: LogFiles, rules: LogRules
-) -> tuple[dict[int | None, int], int | None]:
+) -> tuple[LogQuery, dict[int | None, int], int | None]:
     """Create the table `loaded`; its rows counted by mark, and all rows where those are fewer."""
     try:
         query = log_query(connection, files, rules)
         connection.execute(f"CREATE TABLE loaded AS {query.events}")
         total = None if query.total is None else int(scalar(connection, query.total) or 0)
-    except duckdb.OutOfMemoryException:
+    except (duckdb.OutOfMemoryException, duckdb.InterruptException):
         raise
     except duckdb.Error as error:
         raise _damaged(connection, files, error) from error
     rows: Any = connection.execute("SELECT mark, count(*) FROM loaded GROUP BY mark").fetchall()
-    return dict(rows), total
+    return query, dict(rows), total
+
+
+def _example(
+    connection: duckdb.DuckDBPyConnection,
+    files: LogFiles,
+    rules: LogRules,
+    query: LogQuery,
+    bad: dict[str, int],
+) -> str:
+    """The most frequent unreadable value or malformed line, and what makes it readable."""
+    reason = max(bad, key=lambda name: bad[name])
+    if reason == "malformed_line":
+        # The reader does not repeat itself: its last words on the line are kept in this table.
+        line, error = one_row(connection, "SELECT line, error_message FROM reject_errors LIMIT 1")
+        return f", for example line {line} ({first_line(ValueError(error))})"
+    kind, _, role = reason.partition("_")
+    if kind != "unreadable":
+        return ""
+    mark = next(number for number, name in BAD_REASONS.items() if name == reason)
+    (value,) = one_row(connection, f"SELECT {role} FROM ({query.raw}) WHERE mark = {mark} LIMIT 1")
+    name = getattr(rules, role)
+    right = "BIGINT or TIMESTAMP" if role == "time" else "VARCHAR"
+    fix = f"cast the column to {right}"
+    if files.kind == "csv":
+        fix = f"name another type, 'csv.types={{{name}: {right.split()[0]}}}', where that is wrong"
+    return f": columns.{role}={name} is {query.types[name]} and has for example {value!r}; {fix}"
 
 
 def _deduplicate(connection: duckdb.DuckDBPyConnection, kind: str) -> int:
@@ -105,7 +133,7 @@ def _deduplicate(connection: duckdb.DuckDBPyConnection, kind: str) -> int:
 def _check_every_file(files: LogFiles, rules: LogRules) -> None:
     """Columns are united over Parquet files, so one that lacks a column looks like null values."""
     for path in files.paths if files.kind == "parquet" else ():
-        names = [*pq.read_schema(path).names, *partition_keys(path)]
+        names = [*pq.read_schema(path).names, *files.partitions]
         for name in (rules.user, rules.item, rules.time):
             if name not in names:
                 raise InputError(
@@ -123,6 +151,12 @@ def _damaged(
 ) -> InputError:
     """Name the file that cannot be read; only now is each file read by itself."""
     options = "" if files.kind == "parquet" else ", all_varchar=true, ignore_errors=true"
+    if "sniffing file" in str(error):
+        sniffed = re.search(r'sniffing file "(.*?)"', str(error))
+        return InputError(
+            f"cannot read {sniffed[1] if sniffed else _named(files)} as CSV: a quote is not closed "
+            "or not doubled, or the delimiter is another; mend the quotes or name csv.delimiter"
+        )
     for path in files.paths:
         try:
             if files.kind == "parquet":

@@ -18,11 +18,14 @@ LOCK = "unfinished.lock"
 
 
 @contextmanager
-def new_folder(output: Path, ours: Collection[str], overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    output: Path, ours: Collection[str], overwrite: bool | None = None
+) -> Iterator[Path]:
     """Yield a folder to write in; it becomes `output` when the block ends without an exception.
 
     `ours` names every top-level entry that this command writes. With `overwrite`, an existing
-    folder is replaced only if it holds nothing else; an empty folder is always replaced.
+    folder is replaced only if it holds nothing else; an empty folder is always replaced. None is
+    for commands that have no such option.
     Raises InputError for an output that exists, cannot be written, or is being written by a run
     that is still alive.
     """
@@ -56,7 +59,7 @@ def new_folder(output: Path, ours: Collection[str], overwrite: bool = False) -> 
             raise
 
 
-def _check_free(output: Path, ours: Collection[str], overwrite: bool) -> None:
+def _check_free(output: Path, ours: Collection[str], overwrite: bool | None) -> None:
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir() or output.is_symlink():
@@ -64,9 +67,10 @@ def _check_free(output: Path, ours: Collection[str], overwrite: bool) -> None:
     entries = sorted(entry.name for entry in output.iterdir())
     if not entries:
         return
-    if not overwrite:
-        raise InputError(f"output={output} already exists; remove it or choose another name")
     foreign = [name for name in entries if name not in ours]
+    if not overwrite:
+        offer = ", or replace it with overwrite=true" if overwrite is False and not foreign else ""
+        raise InputError(f"output={output} already exists; remove it or choose another name{offer}")
     if foreign:
         raise InputError(
             f"overwrite=true replaces only what this command wrote, but {output} holds "

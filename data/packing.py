@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from data.batch import SequenceBatch
+from data.cutting import cut_packs
 from data.errors import InputError
 from data.randomness import Purpose, generator
 from data.reader import Histories, HistoryDataset, concatenated_ranges
@@ -25,27 +26,6 @@ from data.samples import SampleRule, Samples
 from data.schema import MASK_ROW, PADDING_ROW
 
 T = TypeVar("T")
-
-
-def cut_packs(tokens_M: np.ndarray, batch_tokens: int, max_sequences: int) -> np.ndarray:
-    """Next-fit in the given order: pack p holds samples boundaries[p] to boundaries[p + 1].
-
-    tokens_M: tokens of each sample, each at least 1 and at most `batch_tokens`.
-    Returns int64 boundaries, [0] where there are no samples.
-    """
-    if len(tokens_M) and (tokens_M.min() < 1 or tokens_M.max() > batch_tokens):
-        raise ValueError(
-            f"samples of {tokens_M.min()} to {tokens_M.max()} tokens do not fit packs of "
-            f"1 to {batch_tokens}"
-        )
-    ends_M = np.cumsum(tokens_M, dtype=np.int64)
-    boundaries, first, used = [0], 0, 0
-    while first < len(ends_M):
-        reach = ends_M[first : first + max_sequences]
-        first += int(reach.searchsorted(used + batch_tokens, side="right"))
-        used = int(ends_M[first - 1])
-        boundaries.append(first)
-    return np.array(boundaries, dtype=np.int64)
 
 
 def default_max_sequences(batch_tokens: int, mean_sample_tokens: float) -> int:

@@ -1,8 +1,10 @@
 """The output folder of batch scoring, shared by processes that meet through its files alone.
 
-job.json        what is being scored; a killed run goes on only with its own job
+_job.json       what is being scored; a killed run goes on only with its own job
 part-*.parquet  finished units
-summary.json    counts; written last, so a folder that has one is finished
+_summary.json   counts; written last, so a folder that has one is finished
+
+Readers of Parquet folders pass over names that start with _.
 """
 
 import json
@@ -21,7 +23,7 @@ from configs.environment import versions
 from data.errors import InputError
 from data.schema import write_atomically
 
-JOB, SUMMARY = "job.json", "summary.json"
+JOB, SUMMARY = "_job.json", "_summary.json"
 COUNTS = b"ssd4rec.counts"  # of a unit, in the metadata of its file's schema
 POLL_SECONDS = 0.1
 
@@ -57,7 +59,7 @@ class ScoreFolder:
             if entries and not self._holds(JOB):
                 raise InputError(
                     f"output={self.path} holds unfinished scores of another bundle, input or "
-                    "options; remove it or choose another name"
+                    "options; remove that folder to start over, or choose another name"
                 )
             self._write_json(JOB, self.job)
         except OSError as error:
@@ -65,6 +67,12 @@ class ScoreFolder:
                 f"cannot write output={self.path}: {error.strerror}; name a writable place"
             ) from error
         return True
+
+    def abandon(self) -> None:
+        """Give the folder up where nothing has been scored yet, so that the next run may be of
+        another job. For the main process alone."""
+        if {entry.name for entry in self.path.iterdir()} <= {JOB, self.scratch}:
+            shutil.rmtree(self.path)
 
     def _holds(self, name: str) -> bool:
         """Whether a JOB or SUMMARY of this very job is there."""

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from data.bundle import Bundle
+from data.cutting import cut_packs
 from data.reader import Histories, HistoryDataset, concatenated_ranges
 from data.schema import score_schema
 from data.score_output import COUNTS
@@ -78,7 +79,7 @@ def score_unit(
     lengths, starts = length_U[with_history], start_U[with_history]
     budget = max(batch_tokens, int(lengths.max(initial=0)))
     rows_parts, scores_parts, counts_parts = [], [], []
-    for first, stop in pairwise(_cut(lengths, budget)):
+    for first, stop in pairwise(cut_packs(lengths, budget, budget).tolist()):
         tokens = concatenated_ranges(starts[first:stop], lengths[first:stop])
         items_T = torch.from_numpy(histories.items_N[tokens].astype(np.int64))
         offsets_B1 = torch.from_numpy(np.append(0, np.cumsum(lengths[first:stop])))
@@ -105,16 +106,3 @@ def score_unit(
     schema = score_schema(user_ids.type, bundle.vocabulary.item_ids.type)
     schema = schema.with_metadata({COUNTS: json.dumps(facts)})
     return pa.Table.from_arrays([user_ids, *lists], schema=schema)
-
-
-def _cut(lengths: np.ndarray, budget: int) -> list[int]:
-    """Bounds of batches in order, each of at most `budget` tokens, no length above it.
-
-    `data.packing.cut_packs` is the same and would bring TorchRec into every scoring process.
-    """
-    ends = np.cumsum(lengths, dtype=np.int64)
-    bounds = [0]
-    while bounds[-1] < len(ends):
-        used = int(ends[bounds[-1] - 1]) if bounds[-1] else 0
-        bounds.append(int(ends.searchsorted(used + budget, side="right")))
-    return bounds

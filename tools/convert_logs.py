@@ -163,6 +163,8 @@ def _convert(
 
 def _split(config: ConvertConfig, connection: duckdb.DuckDBPyConnection) -> Split:
     kind = config.split["kind"]
+    if kind == "temporal" and "validation_from" not in config.split:
+        raise InputError("split.kind=temporal has no bounds; choose split=temporal instead")
     if kind == "leave_one_out":
         return Split()
     if kind != "temporal":

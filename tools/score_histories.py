@@ -15,7 +15,7 @@ left out. All options: configs/score.yaml.
 import hashlib
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 
 from configs.command import command
 from data.bundle import Bundle
-from data.errors import InputError
+from data.errors import InputError, check_whole
 from data.log_files import LogFiles, find_files
 from data.reader import HistoryDataset
 from data.schema import HISTORIES, MANIFEST, VOCABULARY, Manifest
@@ -33,6 +33,7 @@ from tools.stages import print_table
 
 # A batch's temporaries should stay in a CPU's cache, and a GPU wants many tokens at once.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+LOG_OPTIONS = ("max_bad_rows", "row_group_events", "memory_limit", "threads")  # of a raw log alone
 GROUPED = "grouped"  # a raw log's histories, inside the output while it is unfinished
 
 
@@ -60,10 +61,8 @@ class ScoreConfig:
         least = {"k": 1, "batch_tokens": 1, "part_users": 1, "row_group_events": 1, "threads": 1}
         for name, minimum in (least | {"max_bad_rows": 0}).items():
             value = getattr(self, name)
-            if name in ("batch_tokens", "threads") and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise InputError(f"{name}={value} must be a whole number, {minimum} or more")
+            if name not in ("batch_tokens", "threads") or value is not None:
+                check_whole(name, value, minimum)
         if not isinstance(self.exclude_seen, bool):
             raise InputError(f"exclude_seen={self.exclude_seen} must be true or false")
         for name, choices in (("upto", UPTO), ("device", ("auto", "cpu", "cuda"))):
@@ -110,6 +109,7 @@ def score(config: ScoreConfig) -> dict[str, Any] | None:
     files = None if _is_dataset(config.input) else find_files(config.input)
     dataset_folder = Path(str(config.input))
     if files is None:
+        _refuse_log_options(config)
         _check_same_items(Manifest.read(dataset_folder), bundle, dataset_folder)
     elif config.upto != "all":
         raise InputError(f"upto={config.upto} is for a converted data set; a raw log has no split")
@@ -122,6 +122,8 @@ def score(config: ScoreConfig) -> dict[str, Any] | None:
     except InputError:
         if place.rank > 0 and folder.finished:
             return None  # nothing was left for this process, and its input has been cleared away
+        if place.rank == 0:
+            folder.abandon()
         raise
 
 
@@ -199,11 +201,26 @@ def _is_dataset(source: str | list[str]) -> bool:
     return folder.is_dir() and ((folder / MANIFEST).exists() or (folder / HISTORIES).is_dir())
 
 
+def _refuse_log_options(config: ScoreConfig) -> None:
+    """A data set has been read already: the options of reading a log would change nothing."""
+    given = {f"columns.{role}": name for role, name in config.columns.items()}
+    given |= {f"csv.{name}": value for name, value in config.csv.items() if value != {}}
+    for one in fields(config):
+        if one.name in LOG_OPTIONS and getattr(config, one.name) != one.default:
+            given[one.name] = getattr(config, one.name)
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(
+                f"{name}={value} is for a raw log, but input={config.input} is a data set; "
+                f"leave {name} out"
+            )
+
+
 def _check_same_items(manifest: Manifest, bundle: Bundle, folder: Path) -> None:
     if manifest.vocabulary.sha256 != bundle.manifest.hash_of(VOCABULARY):
         raise InputError(
             f"data set {folder} and bundle {bundle.folder} number their items differently (another "
-            "vocabulary.parquet); score the raw log, or convert it with vocabulary=BUNDLE"
+            "vocabulary.parquet); score the raw log instead"
         )
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs.command import command
-from data.errors import InputError
+from data.errors import InputError, check_whole
 from data.schema import Manifest, write_atomically
 from data.score_output import SUMMARY
 from data.vocabulary import Vocabulary
@@ -42,9 +42,10 @@ class ShowConfig:
     def __post_init__(self) -> None:
         if isinstance(self.users, bool) or not isinstance(self.users, int | list):
             raise InputError(f"users={self.users} must be a number of users or a list [ID,ID,…]")
-        for name, value in (("users", self.users), ("items_shown", self.items_shown)):
-            if isinstance(value, int) and value < 1:
-                raise InputError(f"{name}={value} must be 1 or more")
+        if isinstance(self.users, int):
+            check_whole("users", self.users, 1)
+        check_whole("items_shown", self.items_shown, 1)
+        check_whole("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from data.errors import InputError, check_whole, reason
 from data.output_folder import new_folder
 from data.reader import HistoryDataset
 from data.schema import MANIFEST, VOCABULARY, Manifest
+from data.vocabulary import Vocabulary
 from modules.encoder import Encoder
 from modules.scorer import Scorer, quantise
 from trainer.checkpoint import CONFIG, PROBE, find, read_state
@@ -126,6 +127,7 @@ def open_source(path: Path, data: str | None) -> Source:
         raise InputError(
             f"{folder} has {table.rows} item rows, its data set {place} {dataset.table_rows}"
         )
+    Vocabulary.read(place)  # the bundle gets a copy: it must be whole
     return Source(folder, config, table, place, dataset)
 
 

@@ -400,6 +400,8 @@ def log(tmp_path: Path) -> Path:
         ({"memory_limit": "lots"}, "memory_limit=lots"),
         ({"memory_limit": "1MB"}, "memory_limit=1MB"),
         ({"csv_types": {"user_id": "NUMBER"}}, "csv.types"),
+        ({"item": "user_id"}, "columns.user and columns.item are both user_id"),
+        ({"time": "item_id"}, "columns.item and columns.time are both item_id"),
     ],
 )
 def test_option_errors(log: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -444,7 +446,76 @@ def test_input_errors(log: Path, tmp_path: Path) -> None:
     write(tmp_path / "hive/a=1/x.parquet", some_events(1, 5))
     with pytest.raises(InputError, match="Hive partitions"):
         run([tmp_path / "hive", log], out)
+    for empty in ("", " ", ["", str(log)]):
+        with pytest.raises(InputError, match="input is empty"):
+            run(empty, out)
+    with pytest.raises(InputError, match=r"split.kind=temporal has no bounds"):
+        run(log, out, {"kind": "temporal"})
     assert not out.exists()
+
+
+def test_partitions_begin_at_the_input(tmp_path: Path) -> None:
+    """A folder above the input says where the log lies; one at or below it is a column."""
+    top = tmp_path / "user_id=7"
+    plain = write(top / "plain/x.parquet", some_events(1, 50))
+    users = {event["user"] for event in some_events(1, 50)}
+    for number, one in enumerate((plain, top / "plain", top / "plain/*.parquet", top / "*/x.*")):
+        if number == 3:  # the first wildcard stands in the folder user_id=7
+            with pytest.raises(InputError, match=r"user_id=.* would replace the column user_id"):
+                run(one, tmp_path / "out")
+            continue
+        run(one, tmp_path / f"out{number}")
+        assert set(histories(tmp_path / f"out{number}")["user_id"].to_pylist()) == users
+    with pytest.raises(InputError, match=r"user_id=.* would replace the column user_id"):
+        run(top, tmp_path / "out")
+
+    for day in (1, 2):
+        for above in ("user_id=7/hive", "ver=3/hive", "day=9/hive", "plain"):
+            write(tmp_path / above / f"day={day}/x.parquet", some_events(day, 50))
+    for log in (tmp_path / "plain/day=1/x.parquet", tmp_path / "plain/day=1"):
+        made = run(log, tmp_path / f"{log.name}-1", where="day = 1").manifest.counts
+        assert made["events"] == 50
+    for number, log in enumerate((tmp_path / "ver=3/hive", tmp_path / "ver=3/hive/day=*/*")):
+        counts = run(log, tmp_path / f"hive{number}", where="day = 2").manifest.counts
+        assert (counts["events"], counts["events_read"]) == (50, 100)
+        with pytest.raises(InputError, match=r"columns.features=ver is not a column"):
+            run(log, tmp_path / "out", features=("ver",))
+    with pytest.raises(InputError, match=r"user_id=… above the input.*the column user_id"):
+        run(tmp_path / "user_id=7/hive", tmp_path / "out")
+    with pytest.raises(InputError, match=r"day=… above the input.*the partition day"):
+        run(tmp_path / "day=9/hive", tmp_path / "out")
+    (tmp_path / "csv/item_id=1").mkdir(parents=True)
+    (tmp_path / "csv/item_id=1/x.csv").write_text("user_id,item_id,timestamp\n1,1,1\n")
+    with pytest.raises(InputError, match=r"item_id=.* would replace the column item_id"):
+        run(tmp_path / "csv", tmp_path / "out")
+
+
+def test_csv_that_cannot_be_read_is_explained(tmp_path: Path) -> None:
+    header, log = "user_id,item_id,timestamp\n", tmp_path / "log/b.csv"
+    log.parent.mkdir()
+    log.write_text(header + "1,2,3\n" * 9 + '1,"2,3\n' + "1,2,3\n" * 9)
+    with pytest.raises(InputError, match=r"cannot read .*b\.csv as CSV: a quote is not closed"):
+        run(log, tmp_path / "out")
+    log.write_text(header + "1,2,3\n" * 30_000 + '1,"2,3\n' + "1,2,3\n" * 9)
+    with pytest.raises(InputError, match=r"for example line 30002 \(.*quote"):
+        run(log, tmp_path / "out")
+    log.write_text("")
+    with pytest.raises(InputError, match=r"the log is empty: .*b\.csv has not one byte"):
+        run(log, tmp_path / "out")
+    (tmp_path / "log/c.csv").write_text(header + "1,2,3\n")  # behind an empty part, as Spark has
+    assert run(tmp_path / "log", tmp_path / "out").manifest.counts["events_read"] == 1
+
+
+def test_an_unreadable_value_is_shown(tmp_path: Path) -> None:
+    events = [event | {"time": f"17{event['time']:08}"} for event in some_events(1, 50)]
+    log = write(tmp_path / "log.parquet", events)
+    message = r"columns.time=timestamp is VARCHAR and has for example '17\d{8}'; cast the column"
+    with pytest.raises(InputError, match=message):
+        run(log, tmp_path / "out")
+    pa.csv.write_csv(pq.read_table(log), tmp_path / "log.csv")
+    with pytest.raises(InputError, match=r"'17\d{8}'.*'csv.types={timestamp: BIGINT}'"):
+        run(tmp_path / "log.csv", tmp_path / "out", csv_types={"timestamp": "VARCHAR"})
+    run(tmp_path / "log.csv", tmp_path / "out", csv_types={"timestamp": "BIGINT"})
 
 
 def test_damaged_parquet_is_named(log: Path, tmp_path: Path) -> None:
@@ -462,7 +533,7 @@ def test_output_is_replaced_only_when_it_is_ours(log: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     run(log, out)
     first = digest(out)
-    with pytest.raises(InputError, match="already exists"):
+    with pytest.raises(InputError, match=r"already exists.*overwrite=true"):
         run(log, out)
     with pytest.raises(InputError, match="lies after"):  # a failed run leaves the old one whole
         run(log, out, {"kind": "temporal", "validation_from": 9, "test_from": 5}, overwrite=True)
@@ -472,6 +543,8 @@ def test_output_is_replaced_only_when_it_is_ours(log: Path, tmp_path: Path) -> N
     (out / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"holds 'notes.txt'"):
         run(log, out, overwrite=True)
+    with pytest.raises(InputError, match=r"already exists; remove it or choose another name$"):
+        run(log, out)
     assert (out / MANIFEST).exists()
     with pytest.raises(InputError, match="cannot write"):
         run(log, tmp_path / "log.parquet/out")

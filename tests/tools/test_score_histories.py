@@ -17,14 +17,15 @@ import pytest
 import torch
 
 import tools.score_histories as tool
-from data.bundle import Bundle, BundleManifest
+from data.bundle import Bundle, BundleManifest, sealed
 from data.errors import InputError
 from data.log_query import LogRules
 from data.reader import HistoryDataset
 from data.schema import RESERVED_ROWS, Manifest
+from data.score_output import ScoreFolder
 from data.scoring import units_of
 from tests.data.datasets import write_dataset
-from tests.trained_run import ITEMS, ROOT, USERS, Trained, trained
+from tests.trained_run import ITEMS, ROOT, USERS, Trained, run_command, trained
 from tools.score_histories import ScoreConfig, score
 
 CPU = torch.device("cpu")
@@ -106,6 +107,13 @@ def test_as_many_items_as_there_are(made, tmp_path):
     assert summary["users_short"] == USERS
 
 
+def test_the_folder_reads_as_one_parquet_table(made, tmp_path):
+    score(config(made, tmp_path / "s", part_users=20))
+    table = pq.read_table(tmp_path / "s")
+    assert table.column_names == ["user_id", "item_ids", "scores"]
+    assert table.num_rows == USERS
+
+
 def test_two_processes_divide_the_work_and_agree_with_one(made, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     options = [f"bundle={made.bundle}", f"input={made.data}", "k=10", "part_users=9"]
@@ -123,11 +131,11 @@ def test_two_processes_divide_the_work_and_agree_with_one(made, tmp_path):
     assert printed[0] == b""
     assert b"users scored" in printed[1]
     assert_same(scores_of(two), scores_of(one))
-    summary = json.loads((two / "summary.json").read_text())
+    summary = json.loads((two / "_summary.json").read_text())
     assert summary["world_size"] == 2
     assert summary["users_scored"] == USERS
     names = {path.name for path in two.iterdir()}
-    assert names == {"summary.json", *summary["parts"]}
+    assert names == {"_summary.json", *summary["parts"]}
 
 
 def test_a_killed_run_goes_on_with_what_is_missing(made, tmp_path, monkeypatch):
@@ -145,8 +153,8 @@ def test_a_killed_run_goes_on_with_what_is_missing(made, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "score_unit", dies)
     with pytest.raises(KeyboardInterrupt):
         score(config(made, output, part_users=11))
-    assert not (output / "summary.json").exists()
-    with pytest.raises(InputError, match="unfinished scores of another bundle, input or options"):
+    assert not (output / "_summary.json").exists()
+    with pytest.raises(InputError, match="input or options; remove that folder to start over"):
         score(config(made, output, part_users=11, k=9))
     monkeypatch.setattr(tool, "score_unit", real)
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("part-*")}
@@ -154,7 +162,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(made, tmp_path, monkeypatch):
     assert len(before) == 3
     assert all((output / name).stat().st_mtime_ns == when for name, when in before.items())
     assert_same(scores_of(output), scores_of(whole))
-    assert not (output / "job.json").exists()
+    assert not (output / "_job.json").exists()
 
 
 def write_log(folder: Path, columns: dict[str, str], kind: str = "parquet") -> tuple[Path, dict]:
@@ -198,7 +206,10 @@ def test_a_raw_log_scores_as_its_histories(made, tmp_path, kind):
     assert histories["user 7"] == []
     assert summary["users_without_history"] == 1
     assert summary["users_scored"] == summary["users"] - 1 == 39
-    assert {path.name for path in (tmp_path / "s").iterdir()} == {"summary.json", *summary["parts"]}
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        "_summary.json",
+        *summary["parts"],
+    }
 
 
 def test_a_log_is_read_by_the_rules_of_the_bundle(made, tmp_path):
@@ -254,9 +265,20 @@ def test_refusals(made, tmp_path):
     log, _ = write_log(tmp_path / "log", {"user": "user_id", "item": "item_id", "time": "t"})
     refused("upto=train is for a converted data set", input=str(log), upto="train")
     other = write_dataset(tmp_path / "other", [[8, 9, 10]])
-    refused("number their items differently", input=str(other))
+    refused("number their items differently.*; score the raw log instead$", input=str(other))
+    for option in ({"columns": {"user": "foo"}}, {"csv": {"types": {"item_id": "VARCHAR"}}}):
+        refused("(columns.user|csv.types)=.* is for a raw log, but input=.* leave", **option)
+    refused("threads=2 is for a raw log", threads=2)
     (tmp_path / "cut" / "histories").mkdir(parents=True)
     refused("is not a finished data set", input=str(tmp_path / "cut"))
+
+
+def test_options_of_a_log_are_refused_on_the_command_line(made, tmp_path):
+    command = ["tools.score_histories", f"bundle={made.bundle}", f"input={made.data}", "k=5"]
+    for option in ("columns.user=foo", "csv=null"):
+        line = run_command(*command, f"output={tmp_path / 's'}", option, fails=True)
+        assert line.startswith(f"error: {option} is ")
+    assert not (tmp_path / "s").exists()
 
 
 def test_refusals_once_the_output_is_claimed(made, tmp_path):
@@ -271,9 +293,51 @@ def test_refusals_once_the_output_is_claimed(made, tmp_path):
     pq.write_table(strange, tmp_path / "strange.parquet")
     with pytest.raises(InputError, match="none of the log's 1 events is of an item"):
         score(config(made, tmp_path / "c", input=str(tmp_path / "strange.parquet")))
-    # The same output can be used once the command is right.
+    # The same output can be used once the command or the log is right.
+    assert {path.name for path in tmp_path.iterdir()} & {"a", "b", "c"} == set()
     columns = {"user": None, "item": None, "time": "t"}
-    assert score(config(made, tmp_path / "d", input=str(log), columns=columns))
+    assert score(config(made, tmp_path / "a", input=str(log), columns=columns))
+
+
+def test_a_run_that_failed_on_its_input_does_not_block_the_next(made, tmp_path):
+    log, _ = write_log(
+        tmp_path / "log", {"user": "user_id", "item": "item_id", "time": "timestamp"}
+    )
+    options = [f"bundle={made.bundle}", f"input={log}", f"output={tmp_path / 's'}", "k=10"]
+    command = ["tools.score_histories", *options, "device=cpu"]
+    whole = (log / "b.parquet").read_bytes()
+    (log / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    assert "b.parquet" in run_command(*command, fails=True)
+    assert not (tmp_path / "s").exists()
+    (log / "b.parquet").write_bytes(whole)
+    assert "users scored" in run_command(*command)
+
+
+def test_a_failed_run_keeps_what_is_written_or_anothers(made, tmp_path):
+    folder = ScoreFolder(tmp_path / "s", {"k": 1}, "grouped")
+    for other in ("part-00000-00000.parquet", ".grouped.unfinished"):
+        assert folder.begin(is_main=True)
+        (folder.path / other).touch()
+        folder.abandon()
+        assert {path.name for path in folder.path.iterdir()} == {"_job.json", other}
+        (folder.path / other).unlink()
+    folder.abandon()
+    assert not folder.path.exists()
+
+
+def test_a_bundle_that_answers_nan_is_named(made, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(made.bundle, bundle)
+    rows = bundle / "rows" / "part-00000.pt"
+    part = torch.load(rows, weights_only=True)
+    part["rows"][RESERVED_ROWS + 3] = torch.nan
+    torch.save(part, rows)
+    manifest = BundleManifest.read(bundle)
+    files = [sealed(bundle, bundle / one.path) for one in manifest.files]
+    replace(manifest, files=files).write(bundle)
+    with pytest.raises(InputError, match=r"bundle .*/bundle answers NaN or infinite scores"):
+        score(config(made, tmp_path / "s", bundle=str(bundle)))
+    assert not (tmp_path / "s").exists()
 
 
 def test_an_existing_output_is_kept(made, tmp_path):

@@ -102,5 +102,6 @@ def test_refusals(made, scores, tmp_path):
     pq.write_table(pa.table({"item_id": ["i8"], "name": ["x"]}), tmp_path / "items.parquet")
     with pytest.raises(InputError, match="has no column title, only item_id, name"):
         views(config(made, scores, items=str(tmp_path / "items.parquet")))
-    with pytest.raises(InputError, match="users=0 must be 1 or more"):
-        config(made, scores, users=0)
+    for option, value in (("users", 0), ("items_shown", "foo"), ("items_shown", 0), ("seed", "x")):
+        with pytest.raises(InputError, match=f"{option}={value} must be a whole number"):
+            config(made, scores, **{option: value})

@@ -218,6 +218,12 @@ def truncate(path: Path, share: float) -> None:
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
+def garble_start(path: Path) -> None:
+    """The encoder stands before the table."""
+    content = path.read_bytes()
+    path.write_bytes(b"x" * 500 + content[500:])
+
+
 def other_width(path: Path) -> None:
     path.write_text(path.read_text().replace("width: 16", "width: 24"))
 
@@ -236,6 +242,7 @@ def other_width(path: Path) -> None:
         ("*.distcp", Path.unlink, "distcp is damaged .*use another checkpoint"),
         ("*.distcp", lambda path: path.write_bytes(b""), "distcp is damaged .*another checkpoint"),
         ("*.distcp", lambda path: truncate(path, 0.05), "is damaged .*another checkpoint"),
+        ("*.distcp", garble_start, "the encoder in .*/run is damaged .*use another checkpoint"),
         ("config.yaml", other_width, r"the encoder in .*/run is damaged or not that of its config"),
         ("*.distcp", lambda path: path.write_bytes(b"x" * 99_999), "is damaged .*another check"),
         (".metadata", lambda path: path.write_bytes(b"x" * 99), ".metadata is damaged"),

@@ -83,4 +83,4 @@ def _texts(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 def _arguments() -> list[str]:
     """The command line without what `configs.command` adds to it."""
-    return [one for one in sys.argv[1:] if not one.startswith(("hydra", "hydra/"))]
+    return sys.argv[1:]
