@@ -127,6 +127,13 @@ def _reads(config: Config) -> int:
     return data.batch_tokens if data.samples == "histories" else data.max_sequences or 1
 
 
+def captures(config: Config, world: World) -> bool:
+    """Whether encoder and loss run as CUDA graphs: asked for, on CUDA, and without collectives
+    inside, which the full softmax has on several ranks."""
+    inside = world.size > 1 and config.loss.kind == "full"
+    return config.trainer.cuda_graphs and world.device.type == "cuda" and not inside
+
+
 def sample_batch(config: Config, drawn: Candidates) -> SequenceBatch:
     """A batch of the run's shapes, of one-token histories: what CUDA graphs are captured on."""
     tokens, sequences = config.data.batch_tokens, config.data.max_sequences or 1

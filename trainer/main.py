@@ -50,7 +50,7 @@ def main(plain: dict[str, Any]) -> None:
         test = build.evaluation_batches(config, dataset, "test", world)
 
         with run_folder(run_dir, config, dataset, world) as folder:
-            if config.trainer.cuda_graphs and world.device.type == "cuda":
+            if build.captures(config, world):
                 model.capture(build.sample_batch(config, drawn).to(world.device))
             sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
             before = first_state(config, folder, dataset, sharded)

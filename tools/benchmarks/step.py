@@ -64,7 +64,7 @@ def assemble(
     model = build.recommender(config, dataset.table_rows, world)
     looked_up = build.candidate_count(config, dataset.table_rows, world)
     plan = plan_table(model, config.embedding, world, config.data.batch_tokens, looked_up)
-    if config.trainer.cuda_graphs and bench.on_gpu:
+    if build.captures(config, world):
         model.capture(build.sample_batch(config, drawn).to(world.device))
     sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
     steps = stack.enter_context(build.training_steps(config, dataset, drawn, world, RunState()))
