@@ -18,7 +18,10 @@ def results(tmp_path_factory) -> dict[int, dict]:
     """The worker's results by number of ranks. Two ranks write the checkpoint that one reads."""
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
-    for ranks, launcher in [(2, [*TORCHRUN, "--nproc_per_node=2"]), (1, [sys.executable])]:
+    for ranks, launcher in [
+        (2, [*TORCHRUN, "--standalone", "--nproc_per_node=2"]),
+        (1, [sys.executable]),
+    ]:
         out = folder / f"{ranks}.json"
         command = [*launcher, "-m", "tests.distributed.worker", str(out), str(folder)]
         run(command)

@@ -50,7 +50,15 @@ def data(tmp_path_factory) -> Path:
 
 def start(arguments: list[str], ranks: int = 2, extra: tuple[str, ...] = ()) -> subprocess.Popen:
     return subprocess.Popen(
-        [*TORCHRUN, f"--nproc_per_node={ranks}", *extra, "trainer/main.py", *TINY, *arguments],
+        # --standalone: a free port, where two runs of one machine would share torchrun's default.
+        [
+            *TORCHRUN,
+            f"--nproc_per_node={ranks}",
+            *(extra or ["--standalone"]),
+            "trainer/main.py",
+            *TINY,
+            *arguments,
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
