@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -40,10 +41,10 @@ TINY = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Users who walk round a ring of 30 items: easy to predict, and popularity knows nothing."""
-    random = np.random.default_rng(0)
+    draws = np.random.default_rng(0)
     histories = []
-    for length in random.integers(5, 30, 80):
-        start = int(random.integers(30))
+    for length in draws.integers(5, 30, 80):
+        start = int(draws.integers(30))
         histories.append([RESERVED_ROWS + (start + step) % 30 for step in range(length)])
     return write_dataset(tmp_path_factory.mktemp("ring"), histories, row_group_users=20)
 
@@ -69,7 +70,12 @@ def start(arguments: list[str], ranks: int = 2, extra: tuple[str, ...] = ()) -> 
 
 
 def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=240)
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
+        output, _ = process.communicate()
+        pytest.fail(output)
     assert process.returncode == 0, output
     return output
 
@@ -85,6 +91,15 @@ def kill(argument: str) -> None:
                 continue
             if argument in command and "trainer/main.py" in command:
                 os.kill(int(folder.name), signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A free port below those that the system hands out: no other connection takes it meanwhile."""
+    for port in random.sample(range(20_000, 30_000), 50):
+        with socket.socket() as trial:
+            if trial.connect_ex(("127.0.0.1", port)):
+                return port
+    raise OSError("no free port")
 
 
 def losses(output: str) -> dict[int, str]:
@@ -208,9 +223,7 @@ def error_of(arguments: list[str]) -> str:
 
 def test_two_hosts_of_one_process_each(data, straight, tmp_path):
     _, expected = straight
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = [f"data.path={data}", f"run_dir={tmp_path}", "trainer.max_epochs=1"]
     hosts = [
         start(
