@@ -89,10 +89,3 @@ def quiet_libraries() -> None:
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     for module in (r"torchrec\..*", r"torch\.distributed\.checkpoint\..*"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-
-
-def agree(value: float, world: World) -> float:
-    """Rank 0's value on every rank."""
-    tensor = torch.tensor(value, dtype=torch.float64, device=world.device)
-    dist.broadcast(tensor, src=0)
-    return float(tensor)

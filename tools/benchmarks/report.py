@@ -56,7 +56,7 @@ def document(bench: "Bench", suites: list[str], seconds: float) -> dict[str, Any
     """Everything that a figure needs beside it."""
     found = versions() | {"cuda": torch.version.cuda or "none"}
     return {
-        "command": " ".join(["python -m tools.benchmark", *_arguments()]),
+        "command": " ".join(["python -m tools.benchmark", *sys.argv[1:]]),
         "suites": suites,
         "quick": bench.quick,
         "device": device_name(bench.device),
@@ -79,8 +79,3 @@ def write(output: Path, content: dict[str, Any]) -> None:
 
 def _texts(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"suite": suite, "text": text} for suite, text in pairs]
-
-
-def _arguments() -> list[str]:
-    """The command line without what `configs.command` adds to it."""
-    return sys.argv[1:]
