@@ -1,5 +1,6 @@
 """Process group, device and seeds of this rank, from torchrun's environment."""
 
+import gc
 import logging
 import os
 import warnings
@@ -10,6 +11,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# Imported after the group is made (DDP does), they would keep it in default arguments for ever.
+import torch.distributed.nn.functional
+import torch.distributed.optim
 
 from data.errors import InputError
 
@@ -36,6 +41,10 @@ def process_group(device: str) -> Iterator[World]:
     """Join the process group that torchrun described; one process alone without torchrun.
 
     device: auto | cpu | cuda. LOCAL_RANK picks the GPU; NCCL serves CUDA, gloo the CPU.
+
+    What uses the group has to be out of scope when the block ends, so call a function there: the
+    group's threads end with the last reference to it, and one that is still freeing a tensor when
+    the interpreter goes down would abort the process.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -59,6 +68,7 @@ def process_group(device: str) -> Iterator[World]:
     try:
         yield World(rank, size, local_rank, local_size, where)
     finally:
+        gc.collect()  # DDP and TorchRec's modules are cycles
         dist.destroy_process_group()
 
 

@@ -12,6 +12,7 @@ from configs.environment import check_versions
 
 check_versions()  # a mismatch would break the imports below
 
+from pathlib import Path
 from typing import Any
 
 from configs.command import command
@@ -20,7 +21,7 @@ from data.vocabulary import Vocabulary
 from trainer import build, checkpoint
 from trainer.checkpoint import RunState
 from trainer.config import Config, resolve_paths
-from trainer.distributed import process_group, quiet_libraries
+from trainer.distributed import World, process_group, quiet_libraries
 from trainer.finish import finish
 from trainer.loop import Run, train
 from trainer.report import SUMMARY
@@ -34,46 +35,51 @@ def main(plain: dict[str, Any]) -> None:
     data_path, run_dir = resolve_paths(config)
     quiet_libraries()
     with process_group(config.trainer.device) as world:
-        dataset = HistoryDataset(data_path)
-        vocabulary = Vocabulary.read(data_path)
-        config = build.resolve(config, world, dataset)
-        drawn = build.candidates(config, dataset.table_rows, vocabulary, world)
-        model = build.recommender(config, dataset.table_rows, world)
-        looked_up = build.candidate_count(config, dataset.table_rows, world)
-        plan = plan_table(model, config.embedding, world, config.data.batch_tokens, looked_up)
-        if world.is_main:
-            print("\n".join(describe_plan(plan)))
-            print("\n".join(describe_memory(model, config.embedding, world)), flush=True)
-        if config.dry_run:
-            return
-        validation = build.evaluation_batches(config, dataset, "validation", world)
-        test = build.evaluation_batches(config, dataset, "test", world)
+        run_rank(config, data_path, run_dir, world)
 
-        with run_folder(run_dir, config, dataset, world) as folder:
-            if build.captures(config, world):
-                model.capture(build.sample_batch(config, drawn).to(world.device))
-            sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
-            before = first_state(config, folder, dataset, sharded)
-            with build.training_steps(config, dataset, drawn, world, before) as steps:
-                observer = build.observer(config, dataset, run_dir, world, steps, before)
-                run = Run(
-                    config=config.trainer,
-                    config_text=folder.config_text,
-                    seed=config.seed,
-                    run_dir=run_dir,
-                    world=world,
-                    sharded=sharded,
-                    table_rows=dataset.table_rows,
-                    validation=validation,
-                    observer=observer,
-                    started=STARTED,
-                )
-                state = train(run, steps, before)
-            observer.close()
-            if state.step > before.step or not (run_dir / SUMMARY).exists():
-                finish(run, test, vocabulary, state, steps.counts)
-            elif world.is_main:
-                print(f"this run is finished: its summary.json and report.md are in {run_dir}")
+
+def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> None:
+    """This rank's whole run: plan, resume or begin, train, evaluate, report."""
+    dataset = HistoryDataset(data_path)
+    vocabulary = Vocabulary.read(data_path)
+    config = build.resolve(config, world, dataset)
+    drawn = build.candidates(config, dataset.table_rows, vocabulary, world)
+    model = build.recommender(config, dataset.table_rows, world)
+    looked_up = build.candidate_count(config, dataset.table_rows, world)
+    plan = plan_table(model, config.embedding, world, config.data.batch_tokens, looked_up)
+    if world.is_main:
+        print("\n".join(describe_plan(plan)))
+        print("\n".join(describe_memory(model, config.embedding, world)), flush=True)
+    if config.dry_run:
+        return
+    validation = build.evaluation_batches(config, dataset, "validation", world)
+    test = build.evaluation_batches(config, dataset, "test", world)
+
+    with run_folder(run_dir, config, dataset, world) as folder:
+        if build.captures(config, world):
+            model.capture(build.sample_batch(config, drawn).to(world.device))
+        sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
+        before = first_state(config, folder, dataset, sharded)
+        with build.training_steps(config, dataset, drawn, world, before) as steps:
+            observer = build.observer(config, dataset, run_dir, world, steps, before)
+            run = Run(
+                config=config.trainer,
+                config_text=folder.config_text,
+                seed=config.seed,
+                run_dir=run_dir,
+                world=world,
+                sharded=sharded,
+                table_rows=dataset.table_rows,
+                validation=validation,
+                observer=observer,
+                started=STARTED,
+            )
+            state = train(run, steps, before)
+        observer.close()
+        if state.step > before.step or not (run_dir / SUMMARY).exists():
+            finish(run, test, vocabulary, state, steps.counts)
+        elif world.is_main:
+            print(f"this run is finished: its summary.json and report.md are in {run_dir}")
 
 
 def first_state(

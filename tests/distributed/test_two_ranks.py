@@ -70,3 +70,7 @@ def test_best_items_are_merged_over_shards(results, sharding):
 def test_checkpoint_of_two_ranks_resumes_anywhere(results, ranks, sharding):
     uninterrupted = results[2]["full row_wise"][4:]
     assert results[ranks][f"resumed {sharding}"] == pytest.approx(uninterrupted, rel=2e-6)
+
+
+def test_no_thread_of_the_group_outlives_it(results):
+    assert not [name for name in results[2]["threads"] if "gloo" in name]

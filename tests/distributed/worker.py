@@ -36,20 +36,26 @@ SHARDINGS = ("row_wise", "table_wise", "column_wise")
 
 def main(out: Path, checkpoints: Path | None) -> None:
     quiet_libraries()
-    results: dict = {}
+    torch.set_num_threads(1)
     with process_group("cpu") as world:
-        torch.set_num_threads(1)
-        for sharding in SHARDINGS:
-            sharded = build(world, sharding, FullSoftmax(world.rank))
-            results[f"rows {sharding}"] = first_rows(sharded, world)
-            results[f"full {sharding}"] = [step(sharded, world, n, sampled=False) for n in range(8)]
-            results[f"top {sharding}"] = best(sharded, world)
-        sampled = build(world, "row_wise", SampledSoftmax(NEGATIVES, False, True))
-        results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
-        if checkpoints is not None:
-            results |= resume(world, checkpoints)
-        if world.is_main:
-            out.write_text(json.dumps(results))
+        results = measure(world, checkpoints)
+    results["threads"] = [one.read_text().strip() for one in Path("/proc/self/task").glob("*/comm")]
+    if world.is_main:
+        out.write_text(json.dumps(results))
+
+
+def measure(world: World, checkpoints: Path | None) -> dict:
+    results: dict = {}
+    for sharding in SHARDINGS:
+        sharded = build(world, sharding, FullSoftmax(world.rank))
+        results[f"rows {sharding}"] = first_rows(sharded, world)
+        results[f"full {sharding}"] = [step(sharded, world, n, sampled=False) for n in range(8)]
+        results[f"top {sharding}"] = best(sharded, world)
+    sampled = build(world, "row_wise", SampledSoftmax(NEGATIVES, False, True))
+    results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
+    if checkpoints is not None:
+        results |= resume(world, checkpoints)
+    return results
 
 
 def build(world: World, sharding: str, loss) -> Sharded:
