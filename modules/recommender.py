@@ -28,11 +28,15 @@ class Recommender(nn.Module):
     ) -> None:
         super().__init__()
         self.table, self.encoder, self.loss, self.autocast = table, encoder, loss, autocast
+        self.drop_nonfinite_rows = False  # whether rows keep clear of gradients that are not finite
         self._captured: Callable[..., Tensor] | None = None
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """The sum of the losses of this rank's targets, fp32 scalar."""
         x_TD, c_CD = self.table(batch.features)
+        if self.drop_nonfinite_rows and torch.is_grad_enabled():
+            x_TD.register_hook(_zero_unless_finite)
+            c_CD.register_hook(_zero_unless_finite)
         core = self._core(batch) if self._captured is None else self._captured
         return core(x_TD, c_CD, *_tensors(batch))
 
@@ -93,6 +97,10 @@ class _EncoderAndLoss(nn.Module):
         with _products(x_TD, self.autocast):
             h_SD = self.encoder(x_TD, offsets_B1, read_positions_S)
             return self.loss(h_SD, targets_S, c_CD, candidates_C, log_counts_C)
+
+
+def _zero_unless_finite(gradient: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(gradient).all(), gradient, torch.zeros_like(gradient))
 
 
 def _tensors(batch: SequenceBatch) -> list[Tensor]:

@@ -25,6 +25,7 @@ from trainer.config import Config
 from trainer.distributed import World
 from trainer.observe import Observer, flops_per_token
 from trainer.sharding import DTYPES, table_optimizer
+from trainer.stop import StopRequest
 
 OBJECTIVES: dict[str, Objective] = {"histories": "causal", "prefixes": "prefix"}
 KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
@@ -213,6 +214,7 @@ def observer(
     world: World,
     steps: TrainingSteps,
     state: RunState,
+    stop: StopRequest,
 ) -> Observer:
     """The run's observer, which begins by saying what an epoch holds and what is resumed."""
     counts = steps.counts
@@ -226,6 +228,7 @@ def observer(
         state.step,
         config.trainer.log_every_steps,
         flops_per_token(config.model, scored, counts.targets / counts.tokens),
+        stop,
     )
     eyes.say(
         f"an epoch: {counts.samples:,} samples, {counts.tokens:,} tokens, "

@@ -80,7 +80,10 @@ class TrainerConfig:
     targets: Literal["all", "first"]
     checkpoint_every_steps: int
     keep_checkpoints: int
+    asynchronous_checkpoints: bool
     log_every_steps: int
+    nonfinite: Literal["fatal", "skip"]
+    stall_seconds: float
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ def _check_values(config: Config) -> None:
         ("trainer.checkpoint_every_steps", train.checkpoint_every_steps, 0),
         ("trainer.keep_checkpoints", train.keep_checkpoints, 1),
         ("trainer.log_every_steps", train.log_every_steps, 1),
+        ("trainer.stall_seconds", train.stall_seconds, 0.0),
         ("trainer.clip_norm", train.clip_norm, 0.0),
         ("embedding.eps", table.eps, 0.0),
         ("trainer.weight_decay", train.weight_decay, 0.0),

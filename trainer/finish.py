@@ -25,20 +25,24 @@ def finish(
     samples: SampleCounts,
 ) -> None:
     """Evaluate the best checkpoint on test, once, and write the summary."""
-    checkpoint.load_weights(checkpoint.checkpoint_path(run.run_dir, state.best_step), run.sharded)
-    ranking = evaluate(run.sharded.recommender, test, run.world, run.table_rows)
+    best = checkpoint.checkpoint_path(run.run_dir, state.best_step)
+    checkpoint.verify(best, run.world)
+    checkpoint.load_weights(best, run.sharded)
+    users = run.watchdog.over(test, "evaluating on test")
+    ranking = evaluate(run.sharded.recommender, users, run.world, run.table_rows)
     popularity = evaluate_popularity(vocabulary.counts, test, run.world)
     if not run.world.is_main:
         return
-    best = next(one for one in state.evaluations if one["step"] == state.best_step)
+    figures = next(one for one in state.evaluations if one["step"] == state.best_step)
     first_step_at = run.observer.first_step_at
     summary = {
         "test": test_metrics(ranking, vocabulary.counts),
-        "validation": {name: best[name] for name in ("filtered", "unfiltered")},
+        "validation": {name: figures[name] for name in ("filtered", "unfiltered")},
         "popularity": {"test": popularity.metrics()},
         "best_step": state.best_step,
         "steps": state.step,
         "epochs": state.epochs,
+        "skipped_steps": state.skipped,
         "seconds": Clock(run.started, state).stamp(state).seconds,
         "training_seconds": state.training_seconds,
         "seconds_to_first_step": first_step_at - run.started if first_step_at else None,

@@ -4,19 +4,22 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.evaluation import EvaluationBatches
 from data.loader import Step, TrainingSteps
-from trainer.checkpoint import RunState, prune, save
+from trainer.checkpoint import RunState, Saver
 from trainer.config import TrainerConfig
 from trainer.distributed import World, seed_step
 from trainer.evaluate import evaluate, top_items
-from trainer.observe import Observer
+from trainer.observe import Observer, Outcome
 from trainer.sharding import Sharded
+from trainer.stop import signal_name
+from trainer.watchdog import Watchdog
 
 PROBE_USERS = 64
 PROBE_ITEMS = 20
@@ -27,7 +30,6 @@ class Run:
     """What a run is made of, assembled once in `trainer.main`."""
 
     config: TrainerConfig
-    config_text: str  # the resolved config.yaml, stored with every checkpoint
     seed: int
     run_dir: Path
     world: World
@@ -35,6 +37,8 @@ class Run:
     table_rows: int
     validation: EvaluationBatches
     observer: Observer
+    saver: Saver
+    watchdog: Watchdog
     started: float  # time.monotonic() at this process's start
 
 
@@ -42,13 +46,14 @@ def train(run: Run, steps: TrainingSteps, state: RunState) -> RunState:
     """Train from `state` to the end, or until patience is spent; the last state.
 
     Every rank takes the same steps: the loader plans them from lengths alone, and the figures
-    that end a run early are equal on every rank.
+    that end a run early are equal on every rank. Raises SystemExit once it has saved what a stop
+    request asked it to.
     """
-    rates = Rates(run.sharded, run.config)
+    stepper = Stepper(run.sharded, run.config, run.world, run.seed)
     clock = Clock(run.started, state)
     for step in steps if not out_of_patience(run, state) else ():
-        rate = rates.set(state.step, step.progress)
-        loss = train_step(run, step, state.step)
+        run.watchdog.beat(f"taking step {state.step + 1:,}")
+        outcome = stepper.take(step, state.step)
         state = clock.stamp(
             state.with_(
                 step=state.step + 1,
@@ -57,23 +62,38 @@ def train(run: Run, steps: TrainingSteps, state: RunState) -> RunState:
                 epoch_start=step.epoch_start,
                 epochs=step.progress * run.config.max_epochs,
                 tokens=state.tokens + step.tokens,
+                skipped=state.skipped + outcome.skipped,
             )
         )
-        run.observer.step(state.step, loss, step.tokens, step.targets, rate)
+        signal = run.observer.step(state.step, step, outcome)
         evaluates, saves = due(run.config, step, state.step)
-        if evaluates or saves:
+        if evaluates or saves or signal:
             paused = run.observer.pause()
             run.observer.require_finite(state.step)
+            state = run.saver.settle(state)
             if evaluates:
                 state = evaluate_and_judge(run, state)
             store(run, state)
             clock.away += run.observer.resume(paused)
+        if signal:
+            stop(run, state, signal)
         if out_of_patience(run, state):
             break
+    state = run.saver.settle(state)
     if not state.best_step and state.step:  # resumed with fewer epochs than one evaluation takes
         state = evaluate_and_judge(run, state)
         store(run, state)
+        state = run.saver.settle(state)
+    run.saver.require_written(state)
     return state
+
+
+def stop(run: Run, state: RunState, signal: int) -> NoReturn:
+    """End the process as a stop request asks, with the state on the disk."""
+    run.saver.require_written(run.saver.settle(state))
+    name = signal_name(signal)
+    run.observer.say(f"stopped by {name} after step {state.step:,}; the same command goes on there")
+    raise SystemExit(128 + signal)
 
 
 def due(config: TrainerConfig, step: Step, number: int) -> tuple[bool, bool]:
@@ -109,38 +129,55 @@ class Clock:
         )
 
 
-def train_step(run: Run, step: Step, number: int) -> Tensor:
-    """One forward, backward and update; the sum of this rank's losses, detached.
+class Stepper:
+    """Takes training steps: learning rates, forward, backward and update.
 
     DDP and TorchRec average gradients over ranks, so this rank's part of the global mean is
     weighted by the number of ranks. The table is updated inside `backward`, and takes its learning
     rate at `zero_grad`.
     """
-    seed_step(run.seed, number, run.world.rank)
-    batch = step.batch.to(run.world.device, non_blocking=True)
-    # Not zeroed in place: a captured graph returns its own buffers, which would add to themselves.
-    run.sharded.optimizer.zero_grad(set_to_none=True)
-    loss = run.sharded.model(batch)
-    (loss * (run.world.size / batch.step_targets)).backward()
-    if run.config.clip_norm:
-        torch.nn.utils.clip_grad_norm_(run.sharded.dense_parameters, run.config.clip_norm)
-    run.sharded.optimizer.step()
-    return loss.detach().clone()  # a captured graph writes the next step's loss in the same place
 
+    def __init__(self, sharded: Sharded, config: TrainerConfig, world: World, seed: int) -> None:
+        self.sharded, self.config, self.world, self.seed = sharded, config, world, seed
+        self._peaks = [(group, group["lr"]) for group in sharded.optimizer.param_groups]
+        self._skips = config.nonfinite == "skip"
+        sharded.recommender.drop_nonfinite_rows = self._skips
 
-class Rates:
-    """Sets the learning rates of table and dense parameters, each a share of its own peak."""
+    def take(self, step: Step, number: int) -> Outcome:
+        """Step `number` of the run, counted from 0."""
+        config, optimizer = self.config, self.sharded.optimizer
+        rate = self._set_rates(number, step.progress)
+        seed_step(self.seed, number, self.world.rank)
+        batch = step.batch.to(self.world.device, non_blocking=True)
+        # Not zeroed in place: a captured graph returns its own buffers, which would add up.
+        optimizer.zero_grad(set_to_none=True)
+        loss = self.sharded.model(batch)
+        value = loss.detach().clone()  # a captured graph writes the next step's in the same place
+        if self._skips and not finite_everywhere(value):
+            return Outcome(torch.zeros_like(value), None, rate, skipped=True)
+        (loss * (self.world.size / batch.step_targets)).backward()
+        norm = None
+        if config.clip_norm or self._skips:
+            most = config.clip_norm or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(self.sharded.dense_parameters, most)
+            if self._skips and not finite_everywhere(norm):
+                return Outcome(torch.zeros_like(value), None, rate, skipped=True)
+        optimizer.step()
+        return Outcome(value, norm, rate)
 
-    def __init__(self, sharded: Sharded, config: TrainerConfig) -> None:
-        self.config = config
-        self.peaks = [(group, group["lr"]) for group in sharded.optimizer.param_groups]
-
-    def set(self, step: int, progress: float) -> float:
-        """Set the rates of the coming step, before its `zero_grad`; the dense rate."""
-        share = schedule_share(self.config.schedule, self.config.warmup_steps, step, progress)
-        for group, peak in self.peaks:
+    def _set_rates(self, number: int, progress: float) -> float:
+        """Set the rates of table and dense parameters, each a share of its own peak; the dense."""
+        share = schedule_share(self.config.schedule, self.config.warmup_steps, number, progress)
+        for group, peak in self._peaks:
             group["lr"] = peak * share
         return self.config.learning_rate * share
+
+
+def finite_everywhere(value: Tensor) -> bool:
+    """Whether a number is finite on every rank. Collective, and waits for the device."""
+    finite = torch.isfinite(value).float()
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def schedule_share(schedule: str, warmup_steps: int, step: int, progress: float) -> float:
@@ -157,7 +194,8 @@ def schedule_share(schedule: str, warmup_steps: int, step: int, progress: float)
 def evaluate_and_judge(run: Run, state: RunState) -> RunState:
     """Evaluate on validation, record the figures and compare them with the best so far."""
     started = time.perf_counter()
-    ranking = evaluate(run.sharded.recommender, run.validation, run.world, run.table_rows)
+    users = run.watchdog.over(run.validation, "evaluating on validation")
+    ranking = evaluate(run.sharded.recommender, users, run.world, run.table_rows)
     figures = ranking.metrics()
     value = figure({"validation": figures}, run.config.monitor)
     better = state.best_value is None or value > state.best_value
@@ -189,10 +227,9 @@ def figure(metrics: dict[str, Any], name: str) -> float:
 
 
 def store(run: Run, state: RunState) -> None:
-    """Write a checkpoint and delete those that are neither among the newest nor the best."""
-    save(run.run_dir, run.sharded, state, run.world, run.config_text, probe(run))
-    if run.world.is_main:
-        prune(run.run_dir, state, run.config.keep_checkpoints)
+    """Write a checkpoint, or begin to."""
+    run.watchdog.beat(f"saving the checkpoint of step {state.step:,}")
+    run.saver.save(state, probe(run))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from configs.environment import check_versions
 
 check_versions()  # a mismatch would break the imports below
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from configs.command import command
 from data.reader import HistoryDataset
 from data.vocabulary import Vocabulary
 from trainer import build, checkpoint
-from trainer.checkpoint import RunState
+from trainer.checkpoint import RunState, Saver
 from trainer.config import Config, resolve_paths
 from trainer.distributed import World, process_group, quiet_libraries
 from trainer.finish import finish
@@ -27,6 +28,8 @@ from trainer.loop import Run, train
 from trainer.report import SUMMARY
 from trainer.run_folder import RunFolder, run_folder, start_point
 from trainer.sharding import Sharded, describe_memory, describe_plan, plan_table, shard
+from trainer.stop import stop_request
+from trainer.watchdog import Watchdog
 
 
 @command("train")
@@ -55,26 +58,41 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
     validation = build.evaluation_batches(config, dataset, "validation", world)
     test = build.evaluation_batches(config, dataset, "test", world)
 
-    with run_folder(run_dir, config, dataset, world) as folder:
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_request())
+        watchdog = stack.enter_context(Watchdog(config.trainer.stall_seconds, world.rank))
+        folder = stack.enter_context(run_folder(run_dir, config, dataset, world))
         if build.captures(config, world):
             model.capture(build.sample_batch(config, drawn).to(world.device))
         sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
-        before = first_state(config, folder, dataset, sharded)
-        with build.training_steps(config, dataset, drawn, world, before) as steps:
-            observer = build.observer(config, dataset, run_dir, world, steps, before)
-            run = Run(
-                config=config.trainer,
-                config_text=folder.config_text,
-                seed=config.seed,
-                run_dir=run_dir,
-                world=world,
-                sharded=sharded,
-                table_rows=dataset.table_rows,
-                validation=validation,
-                observer=observer,
-                started=STARTED,
-            )
-            state = train(run, steps, before)
+        before = first_state(config, folder, dataset, sharded, world)
+        steps = stack.enter_context(build.training_steps(config, dataset, drawn, world, before))
+        observer = build.observer(config, dataset, run_dir, world, steps, before, stop)
+        stack.callback(observer.close)
+        saver = Saver(
+            run_dir,
+            sharded,
+            world,
+            before,
+            folder.config_text,
+            config.trainer.keep_checkpoints,
+            config.trainer.asynchronous_checkpoints,
+            observer.say,
+        )
+        run = Run(
+            config=config.trainer,
+            seed=config.seed,
+            run_dir=run_dir,
+            world=world,
+            sharded=sharded,
+            table_rows=dataset.table_rows,
+            validation=validation,
+            observer=observer,
+            saver=stack.enter_context(saver),
+            watchdog=watchdog,
+            started=STARTED,
+        )
+        state = train(run, steps, before)
         observer.close()
         if state.step > before.step or not (run_dir / SUMMARY).exists():
             finish(run, test, vocabulary, state, steps.counts)
@@ -83,7 +101,7 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
 
 
 def first_state(
-    config: Config, folder: RunFolder, dataset: HistoryDataset, sharded: Sharded
+    config: Config, folder: RunFolder, dataset: HistoryDataset, sharded: Sharded, world: World
 ) -> RunState:
     """The newest checkpoint's state, or a new one, from another run's weights with init_from."""
     if folder.newest is not None:
@@ -91,7 +109,9 @@ def first_state(
         checkpoint.require(folder.path, state.best_step)
         return state
     if config.init_from:
-        checkpoint.load_weights(start_point(config.init_from, dataset), sharded)
+        start = start_point(config.init_from, dataset)
+        checkpoint.verify(start, world)
+        checkpoint.load_weights(start, sharded)
     return RunState()
 
 

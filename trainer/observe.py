@@ -1,11 +1,12 @@
 """What a person sees of a run: a progress bar, one log line an interval, TensorBoard.
 
-Only rank 0 shows and writes anything. The one collective is the sum of the losses, at an interval
-that the config fixes, so all ranks agree on it.
+Only rank 0 shows and writes anything. Nothing waits for the device or another rank but at the
+interval that the config fixes: there the ranks sum their losses, and agree to stop when asked to.
 """
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,12 +16,29 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.errors import InputError
+from data.loader import Step
 from trainer.config import ModelConfig
 from trainer.distributed import World
 from trainer.evaluate import DIVERGED
+from trainer.stop import StopRequest
 
 # Dense bf16 matmul rates of the data sheets, FLOP/s; MFU is shown for these devices only.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did on this rank.
+
+    loss: the sum of its losses, detached. norm: of the dense gradients of all ranks before
+    clipping, where clipping or trainer.nonfinite=skip asks for it. rate: the dense learning rate.
+    skipped: no dense parameter was updated, and no table row by a number that is not finite.
+    """
+
+    loss: Tensor
+    norm: Tensor | None
+    rate: float
+    skipped: bool = False
 
 
 class Observer:
@@ -34,12 +52,13 @@ class Observer:
         first_step: int,
         log_every_steps: int,
         flops_a_token: float,
+        stop: StopRequest,
     ) -> None:
-        self.world, self.every = world, log_every_steps
+        self.world, self.every, self._stop = world, log_every_steps, stop
         self.flops_a_token = flops_a_token
         self.first_step_at: float | None = None  # time.monotonic() after this process's first step
-        self._loss = torch.zeros((), dtype=torch.float64, device=world.device)
-        self._targets = self._tokens = self._steps = 0
+        self._recent: list[tuple[int, int, Outcome]] = []  # (step, position, outcome) to be shown
+        self._targets = self._tokens = 0
         self._since = time.perf_counter()
         self._writer: SummaryWriter | None = None
         self._bar: tqdm | None = None
@@ -54,46 +73,86 @@ class Observer:
                 smoothing=0.05,
             )
 
-    def step(self, step: int, loss_sum: Tensor, tokens: int, targets: int, rate: float) -> None:
-        """Record one step. `loss_sum` is this rank's; tokens and targets are over all ranks."""
-        self._loss += loss_sum.double()
-        self._tokens += tokens
-        self._targets += targets
-        self._steps += 1
+    def step(self, number: int, step: Step, outcome: Outcome) -> int:
+        """Record step `number`. Collective at a log line, where the ranks agree on a stop request.
+
+        Returns the signal that asks to stop, 0 without. Raises InputError when a loss or gradient
+        since the last line was not finite.
+        """
+        self._recent.append((number, step.position, outcome))
+        self._tokens += step.tokens
+        self._targets += 0 if outcome.skipped else step.targets
         if self.first_step_at is None:
-            float(loss_sum)  # wait for it
+            float(outcome.loss)  # wait for it
             self.first_step_at = time.monotonic()
         if self._bar is not None:
             self._bar.update()
-        if step % self.every == 0:
-            self._show(step, rate)
+        if outcome.skipped:
+            self.say(f"step {number:>6,}  skipped: its loss or gradient is not finite")
+        return self._show(number, outcome.rate) if number % self.every == 0 else 0
 
-    def _show(self, step: int, rate: float) -> None:
-        dist.all_reduce(self._loss)
-        loss = float(self._loss) / max(1, self._targets)
-        seconds = time.perf_counter() - self._since
+    def _show(self, number: int, rate: float) -> int:
+        loss_sum, signal = self._agree(number)
+        loss = loss_sum / max(1, self._targets)
+        seconds, steps = time.perf_counter() - self._since, len(self._recent)
         speed = self._tokens / seconds
-        if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} by step {step}; {DIVERGED}")
         numbers = {
             "loss": loss,
             "tokens_per_second": speed,
-            "step_seconds": seconds / self._steps,
+            "step_seconds": seconds / steps,
             "learning_rate": rate,
         }
         line = (
-            f"step {step:>6,}  loss {loss:.4f}  {speed:>11,.0f} tokens/s  "
-            f"{1e3 * seconds / self._steps:7.1f} ms/step"
+            f"step {number:>6,}  loss {loss:.4f}  {speed:>11,.0f} tokens/s  "
+            f"{1e3 * seconds / steps:7.1f} ms/step"
         )
         utilisation = self._utilisation(speed)
         if utilisation is not None:
             numbers["mfu"] = utilisation
             line += f"  MFU {utilisation:.1%}"
         self.say(line)
-        self.scalars(step, numbers, "train")
-        self._loss.zero_()
-        self._targets = self._tokens = self._steps = 0
+        self.scalars(number, numbers, "train")
+        self._recent = []
+        self._targets = self._tokens = 0
         self._since = time.perf_counter()
+        return signal
+
+    def _agree(self, number: int) -> tuple[float, int]:
+        """(sum of the losses since the last line over all ranks, signal to stop by or 0)."""
+        losses = [one.loss for _, _, one in self._recent]
+        norms = [one.norm for _, _, one in self._recent if one.norm is not None]
+        asked = torch.tensor(self._stop.number, dtype=torch.float64)
+        sums = torch.stack([_sum(losses), _sum(norms), asked]).to(self.world.device)
+        dist.all_reduce(sums)
+        loss, norm, signals = sums.tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise InputError(
+                f"{self._first_bad()} is not finite, seen at step {number}; {DIVERGED}"
+            )
+        if not signals:
+            return loss, 0
+        numbers: list[int] = [0] * self.world.size
+        dist.all_gather_object(numbers, self._stop.number)
+        return loss, max(numbers)
+
+    def _first_bad(self) -> str:
+        """The first loss or gradient since the last line that is not finite. Collective."""
+        bad: tuple[int, int, int, str, float] | None = None
+        for number, position, outcome in self._recent:
+            for what, value in (("loss", outcome.loss), ("gradient's norm", outcome.norm)):
+                if bad is None and value is not None and not math.isfinite(float(value)):
+                    bad = (number, position, self.world.rank, what, float(value))
+        every: list[tuple[int, int, int, str, float] | None] = [None] * self.world.size
+        dist.all_gather_object(every, bad)
+        found = [one for one in every if one is not None]
+        if not found:  # finite numbers that together are too large
+            return "the sum of losses"
+        number, position, rank, what, figure = min(found)
+        first = max(0, position - self.world.size)
+        return (
+            f"the {what} of step {number:,} on rank {rank} ({figure}; packs {first:,} to "
+            f"{position - 1:,} of the run)"
+        )
 
     def _utilisation(self, tokens_per_second: float) -> float | None:
         if self.world.device.type != "cuda":
@@ -104,12 +163,9 @@ class Observer:
                 return tokens_per_second * self.flops_a_token / (peak * self.world.size)
         return None
 
-    def require_finite(self, step: int) -> None:
-        """Raise InputError when a loss since the last line was not finite. Collective."""
-        pending = self._loss.clone()
-        dist.all_reduce(pending)
-        if not math.isfinite(float(pending)):
-            raise InputError(f"the loss is {float(pending)} by step {step}; {DIVERGED}")
+    def require_finite(self, number: int) -> None:
+        """Raise InputError when a loss or gradient since the last line was not. Collective."""
+        self._agree(number)
 
     def pause(self) -> float:
         """Start of what is not training (evaluation, checkpoint); pass the answer to `resume`."""
@@ -136,6 +192,13 @@ class Observer:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _sum(numbers: list[Tensor]) -> Tensor:
+    """Their sum in fp64 on the host, which waits for the device."""
+    if not numbers:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(numbers).double().sum().cpu()
 
 
 def flops_per_token(model: ModelConfig, candidates: int, targets_per_token: float) -> float:

@@ -3,7 +3,10 @@
 import fcntl
 import hashlib
 import json
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,11 +19,13 @@ import yaml
 from data.errors import InputError
 from data.reader import HistoryDataset
 from data.schema import MANIFEST, write_atomically
-from trainer.checkpoint import CONFIG, FOLDER, STATE, find, list_checkpoints
+from trainer.checkpoint import CONFIG, FOLDER, find, find_damage, list_checkpoints
 from trainer.config import Config
 from trainer.distributed import World
 
 LOCK = ".lock"
+TOKEN = ".token"  # how the hosts find out whether they share the folder
+SHARED_SECONDS = 10.0
 # What may differ between a run and its resumption: how long, how it is watched, where it lies.
 FREE_KEYS = {
     "run_dir",
@@ -31,7 +36,10 @@ FREE_KEYS = {
     "trainer.patience",
     "trainer.keep_checkpoints",
     "trainer.checkpoint_every_steps",
+    "trainer.asynchronous_checkpoints",
     "trainer.log_every_steps",
+    "trainer.nonfinite",
+    "trainer.stall_seconds",
     "trainer.cuda_graphs",
 }
 
@@ -56,11 +64,11 @@ def run_folder(
     """
     content = describe(config, dataset)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    _require_agreement(text, world)
     lock = _take(run_dir) if world.is_main else None
-    dist.barrier()  # until here rank 0 may remove what a killed run left
+    _require_shared(run_dir, world)  # until here rank 0 may remove what a killed run left
     try:
-        checkpoints = list_checkpoints(run_dir)
-        newest = checkpoints[-1] if checkpoints else None
+        newest = newest_whole(run_dir, world)
         if newest is not None:
             _compare(run_dir, yaml.safe_load((newest / CONFIG).read_text()), content)
         dist.barrier()  # all have compared
@@ -70,6 +78,81 @@ def run_folder(
     finally:
         if lock is not None:
             lock.close()
+
+
+def newest_whole(run_dir: Path, world: World) -> Path | None:
+    """The newest checkpoint whose files are as they were written. Collective.
+
+    Damaged ones are named and set aside under another name, for a person to look at.
+    """
+    for folder in reversed(list_checkpoints(run_dir)):
+        damage = find_damage(folder, world)
+        if damage is None:
+            return folder
+        dist.barrier()  # nobody reads it any more
+        if world.is_main:
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            print(
+                f"checkpoint {folder} is damaged ({damage}): it is now {aside.name}, and the one "
+                "before it is used",
+                flush=True,
+            )
+    return None
+
+
+def _require_agreement(text: str, world: World) -> None:
+    """Raise InputError on every rank unless all have one config and data set."""
+    texts: list[str] = [""] * world.size
+    dist.all_gather_object(texts, text)
+    mine = flatten(yaml.safe_load(texts[0]))
+    for rank, other in enumerate(texts):
+        theirs = flatten(yaml.safe_load(other)) if other != texts[0] else mine
+        keys = sorted(
+            {*mine, *theirs} - {"data.path", "run_dir"}
+        )  # hosts mount folders as they like
+        keys = [key for key in keys if mine.get(key) != theirs.get(key)]
+        if keys:
+            raise InputError(
+                f"rank {rank} was started with another config than rank 0 ("
+                + "; ".join(f"{key} is {theirs.get(key)}, not {mine.get(key)}" for key in keys)
+                + "); give every host the same command"
+            )
+
+
+def _require_shared(run_dir: Path, world: World) -> None:
+    """Raise InputError on every rank unless all see the run folder of rank 0. Collective."""
+    token = [secrets.token_hex(16)]
+    dist.broadcast_object_list(token, src=0)
+    path = run_dir / TOKEN
+    if world.is_main:
+        write_atomically(path, token[0].encode())
+    dist.barrier()
+    seen: list[str | None] = [None] * world.size
+    dist.all_gather_object(seen, None if _reads(path, token[0]) else socket.gethostname())
+    blind = sorted({one for one in seen if one is not None})
+    if world.is_main:
+        path.unlink()
+    if blind:
+        raise InputError(
+            f"run_dir={run_dir} is not one folder for all hosts: {', '.join(blind)} does not see "
+            "what rank 0 writes there; put it on a file system that they share"
+        )
+
+
+def _reads(path: Path, token: str) -> bool:
+    """Whether the file holds the token, given the time that a network file system may take."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while True:
+        try:
+            if path.read_text() == token:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
 
 
 def describe(config: Config, dataset: HistoryDataset) -> dict[str, Any]:
@@ -112,9 +195,8 @@ def _take(run_dir: Path) -> Any:
         raise InputError(
             f"another run is writing {run_dir}; wait for it, or give a new run_dir"
         ) from error
-    for one in (run_dir / FOLDER).glob("step-*"):
-        if one.suffix == ".tmp" or not (one / STATE).exists():
-            shutil.rmtree(one)
+    for one in (run_dir / FOLDER).glob("step-*.tmp"):
+        shutil.rmtree(one)
     return lock
 
 

@@ -20,16 +20,36 @@ from modules.encoder import Encoder
 from modules.item_table import ItemTable
 from modules.losses import FullSoftmax, SampledSoftmax
 from modules.recommender import Recommender
-from trainer.checkpoint import RunState, checkpoint_path, load, save
+from trainer.checkpoint import RunState, Saver, checkpoint_path, load, verify
 from trainer.config import TableConfig, TrainerConfig
 from trainer.distributed import World, process_group, quiet_libraries
 from trainer.evaluate import top_items
-from trainer.loop import Run, train_step
+from trainer.loop import Stepper
 from trainer.sharding import Sharded, plan_table, shard
 
 ROWS, WIDTH, TOKENS, NEGATIVES, STEPS = 101, 16, 32, 24, 8
 TRAIN = TrainerConfig(
-    "cpu", "fp32", False, 1, 1e-2, 0.9, 0.98, 0.1, 1.0, "constant", 0, 1, "", 0, "all", 0, 1, 1
+    "cpu",
+    "fp32",
+    False,
+    1,
+    1e-2,
+    0.9,
+    0.98,
+    0.1,
+    1.0,
+    "constant",
+    0,
+    1,
+    "",
+    0,
+    "all",
+    0,
+    1,
+    False,
+    1,
+    "fatal",
+    0,
 )
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
 
@@ -71,14 +91,9 @@ def step(sharded: Sharded, world: World, number: int, sampled: bool) -> float:
     """One step on global batch `number`; the mean loss over all its targets."""
     batch = global_batch(number % 2, world, sampled)
     one = Step(batch, number, 0, 0, False, 0.0, 2 * TOKENS, 25)
-    total = train_step(run_of(sharded, world), one, number)
+    total = Stepper(sharded, TRAIN, world, seed=1).take(one, number).loss
     dist.all_reduce(total)
     return float(total / batch.step_targets)
-
-
-def run_of(sharded: Sharded, world: World) -> Run:
-    """As much of a run as `train_step` reads."""
-    return Run(TRAIN, "", 1, Path(), world, sharded, ROWS, None, None, 0.0)  # type: ignore[arg-type]
 
 
 def global_batch(number: int, world: World, sampled: bool) -> SequenceBatch:
@@ -122,7 +137,10 @@ def resume(world: World, folder: Path) -> dict[str, list[float]]:
         sharded = build(world, "row_wise", FullSoftmax(world.rank))
         for number in range(4):
             step(sharded, world, number, sampled=False)
-        save(folder, sharded, RunState(step=4), world, "", {})
+        with Saver(folder, sharded, world, RunState(), "", 1, True, print) as saver:
+            saver.save(RunState(step=4), {})
+            saver.require_written(saver.settle(RunState(step=4)))
+    verify(checkpoint_path(folder, 4), world)
     for sharding in ("row_wise", "table_wise"):
         sharded = build(world, sharding, FullSoftmax(world.rank))
         step(sharded, world, 9, sampled=False)  # something that the load must overwrite

@@ -8,14 +8,12 @@ Legend: T tokens, S read positions, C candidates, D width.
 """
 
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 
 from data.batch import CANDIDATES, SequenceBatch
 from data.loader import TrainingSteps
@@ -30,8 +28,8 @@ from tools.benchmarks.measure import Floor
 from trainer import build
 from trainer.checkpoint import RunState
 from trainer.config import Config
-from trainer.loop import Rates, Run, train_step
-from trainer.observe import Observer, flops_per_token
+from trainer.loop import Stepper
+from trainer.observe import flops_per_token
 from trainer.sharding import plan_table, shard
 
 
@@ -43,8 +41,8 @@ def run(bench: Bench) -> None:
         for tokens in sizes:
             with bench.case(f"{tokens:,} tokens"), ExitStack() as stack:
                 config = step_config(bench.config, path, tokens)
-                run, steps = assemble(bench, config, Path(folder) / f"run-{tokens}", stack)
-                _measure(bench, f"{tokens:,} tokens", run, steps)
+                stepper, steps = assemble(bench, config, stack)
+                _measure(bench, f"{tokens:,} tokens", stepper, steps)
 
 
 def step_config(config: Config, path: Path, batch_tokens: int) -> Config:
@@ -53,10 +51,8 @@ def step_config(config: Config, path: Path, batch_tokens: int) -> Config:
     return replace(config, loss=replace(config.loss, kind="full"))
 
 
-def assemble(
-    bench: Bench, config: Config, run_dir: Path, stack: ExitStack
-) -> tuple[Run, TrainingSteps]:
-    """What `trainer.main` assembles, without checkpoints."""
+def assemble(bench: Bench, config: Config, stack: ExitStack) -> tuple[Stepper, TrainingSteps]:
+    """What takes the trainer's steps, and the steps to take."""
     world = bench.world
     dataset = HistoryDataset(Path(config.data.path))
     config = build.resolve(config, world, dataset)
@@ -68,41 +64,22 @@ def assemble(
         model.capture(build.sample_batch(config, drawn).to(world.device))
     sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
     steps = stack.enter_context(build.training_steps(config, dataset, drawn, world, RunState()))
-    run_dir.mkdir()
-    observer = Observer(run_dir, world, 0, 0, config.trainer.log_every_steps, 0.0)
-    stack.callback(observer.close)
-    validation = build.evaluation_batches(config, dataset, "validation", world)
-    text = yaml.safe_dump(asdict(config))
-    return (
-        Run(
-            config.trainer,
-            text,
-            config.seed,
-            run_dir,
-            world,
-            sharded,
-            dataset.table_rows,
-            validation,
-            observer,
-            time.monotonic(),
-        ),
-        steps,
-    )
+    return Stepper(sharded, config.trainer, world, config.seed), steps
 
 
-def _measure(bench: Bench, name: str, run: Run, steps: TrainingSteps) -> None:
-    rates, number = Rates(run.sharded, run.config), 0
+def _measure(bench: Bench, name: str, stepper: Stepper, steps: TrainingSteps) -> None:
+    number = 0
     last = next(steps)
     tokens, batch = last.tokens, last.batch.to(bench.device)
     targets_a_token = last.targets / last.tokens
     model = bench.config.model
-    flops = tokens * flops_per_token(model, run.table_rows, targets_a_token)
+    flops = tokens * flops_per_token(
+        model, batch.features[CANDIDATES].values().numel(), targets_a_token
+    )
 
     def step() -> None:
         nonlocal number
-        one = next(steps)
-        rates.set(number, one.progress)
-        train_step(run, one, number)
+        stepper.take(next(steps), number)
         number += 1
 
     each = bench.size(max(5, 327_680 // tokens), 1, 1)
@@ -116,7 +93,7 @@ def _measure(bench: Bench, name: str, run: Run, steps: TrainingSteps) -> None:
     alone = bench.timer.steps(lambda: next(steps), warm_up=6, each=20, groups=3)
     summed = bench.keep(f"{name}: loader alone", alone).median_ms
     hosted = next(steps).batch
-    for part, (call, floor) in _parts(bench, run, hosted, batch).items():
+    for part, (call, floor) in _parts(bench, stepper, hosted, batch).items():
         row = bench.record(f"{name}: {part}", call, floor=floor, gradient_bytes=None)
         summed += row.median_ms
     rate = bench.ceilings.flops_per_second[bench.precision]
@@ -127,10 +104,10 @@ def _measure(bench: Bench, name: str, run: Run, steps: TrainingSteps) -> None:
 
 
 def _parts(
-    bench: Bench, run: Run, hosted: SequenceBatch, batch: SequenceBatch
+    bench: Bench, stepper: Stepper, hosted: SequenceBatch, batch: SequenceBatch
 ) -> dict[str, tuple[Callable[[], object], Floor | None]]:
     """Each part as a call on one batch, with its floor. Leaves the dense gradients in place."""
-    recommender, model = run.sharded.recommender, bench.config.model
+    recommender, model = stepper.sharded.recommender, bench.config.model
     with torch.no_grad():
         x_TD, c_CD = (one.detach() for one in recommender.table(batch.features))
         with bench.autocast():
@@ -156,13 +133,13 @@ def _parts(
         torch.autograd.grad(total, (h_SD, c_CD))
 
     def update() -> None:
-        if run.config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(run.sharded.dense_parameters, run.config.clip_norm)
-        run.sharded.optimizer.step()
+        if most := stepper.config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(stepper.sharded.dense_parameters, most)
+        stepper.sharded.optimizer.step()
 
     for one, gradient in zip(dense, encode()[1:], strict=True):
         one.grad = gradient
-    graphs = run.config.cuda_graphs
+    graphs = stepper.config.cuda_graphs
     tokens, rows, width = len(x_TD), len(c_CD), model.width
     numbers = sum(one.numel() for one in dense)
     flops = tokens * flops_per_token(model, 0, 0.0)
