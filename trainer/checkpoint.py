@@ -251,13 +251,13 @@ def host_copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: host_copy(one) for name, one in value.items()}
     if isinstance(value, ShardedTensor):
-        metadata = value.metadata().tensor_properties
+        metadata = value.metadata()
         copied = ShardedTensor.__new__(
             ShardedTensor,
             value.sharding_spec(),
-            value.size(),
-            dtype=metadata.dtype,
-            layout=metadata.layout,
+            metadata.size,
+            dtype=metadata.tensor_properties.dtype,
+            layout=metadata.tensor_properties.layout,
             pin_memory=False,
             requires_grad=False,
         )

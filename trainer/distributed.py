@@ -50,18 +50,14 @@ def process_group(device: str) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     where = _device(device, local_rank, local_size)
-    if "RANK" not in os.environ:
-        store: dist.Store | None = dist.HashStore()
-    else:
-        store = None  # torchrun's environment names it
     backend = "nccl" if where.type == "cuda" else "gloo"
     if where.type == "cuda":
         torch.cuda.set_device(where)
     dist.init_process_group(
         backend,
-        rank=rank if store else -1,
-        world_size=size if store else -1,
-        store=store,
+        rank=rank,
+        world_size=size,
+        store=_store(),
         timeout=TIMEOUT,
         device_id=where if where.type == "cuda" else None,
     )
@@ -70,6 +66,25 @@ def process_group(device: str) -> Iterator[World]:
     finally:
         gc.collect()  # DDP and TorchRec's modules are cycles
         dist.destroy_process_group()
+
+
+def _store() -> dist.Store:
+    """Where the ranks find each other.
+
+    torchrun keeps one store over its restarts, in which the addresses of ranks that died would be
+    found again: each attempt gets a part of its own. Agents of several hosts need not count alike.
+    """
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt and shared and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise InputError(
+            "torchrun restarts on several hosts need a store of their own each time: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every host"
+        )
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
 def _device(device: str, local_rank: int, local_size: int) -> torch.device:

@@ -3,117 +3,16 @@
 import fcntl
 import json
 import os
-import random
-import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from data.schema import RESERVED_ROWS
 from tests.conftest import ROOT
 from tests.data.datasets import write_dataset
+from tests.trainer.launch import TINY, finish, free_port, kill, losses, start
 from trainer.checkpoint import FOLDER, list_checkpoints
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-TINY = [
-    "model.width=16",
-    "model.state=8",
-    "model.head=8",
-    "model.layers=1",
-    "data.batch_tokens=64",
-    "embedding.optimizer=rowwise_adagrad",
-    "embedding.learning_rate=0.05",
-    "trainer.warmup_steps=2",
-    "trainer.patience=0",
-    "trainer.log_every_steps=1",
-    "trainer.checkpoint_every_steps=5",
-    "trainer.keep_checkpoints=50",
-    "trainer.max_epochs=6",
-    "trainer.device=cpu",
-]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Users who walk round a ring of 30 items: easy to predict, and popularity knows nothing."""
-    draws = np.random.default_rng(0)
-    histories = []
-    for length in draws.integers(5, 30, 80):
-        start = int(draws.integers(30))
-        histories.append([RESERVED_ROWS + (start + step) % 30 for step in range(length)])
-    return write_dataset(tmp_path_factory.mktemp("ring"), histories, row_group_users=20)
-
-
-def start(arguments: list[str], ranks: int = 2, extra: tuple[str, ...] = ()) -> subprocess.Popen:
-    return subprocess.Popen(
-        # --standalone: a free port, where two runs of one machine would share torchrun's default.
-        [
-            *TORCHRUN,
-            f"--nproc_per_node={ranks}",
-            *(extra or ["--standalone"]),
-            "trainer/main.py",
-            *TINY,
-            *arguments,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
-        output, _ = process.communicate()
-        pytest.fail(output)
-    assert process.returncode == 0, output
-    return output
-
-
-def kill(argument: str) -> None:
-    """SIGKILL to torchrun and its ranks, which have sessions of their own: all that were started
-    with this in their arguments."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                command = (folder / "cmdline").read_text()
-            except OSError:
-                continue
-            if argument in command and "trainer/main.py" in command:
-                os.kill(int(folder.name), signal.SIGKILL)
-
-
-def free_port() -> int:
-    """A free port below those that the system hands out: no other connection takes it meanwhile."""
-    for port in random.sample(range(20_000, 30_000), 50):
-        with socket.socket() as trial:
-            if trial.connect_ex(("127.0.0.1", port)):
-                return port
-    raise OSError("no free port")
-
-
-def losses(output: str) -> dict[int, str]:
-    """Loss by step of the log lines."""
-    lines = [line.split() for line in output.splitlines() if line.startswith("step ")]
-    return {int(one[1].replace(",", "")): one[3] for one in lines if one[2] == "loss"}
-
-
-@pytest.fixture(scope="module")
-def straight(data, tmp_path_factory) -> tuple[Path, dict[int, str]]:
-    """A run of two ranks that nothing disturbs."""
-    run_dir = tmp_path_factory.mktemp("straight")
-    output = finish(start([f"data.path={data}", f"run_dir={run_dir}"]))
-    return run_dir, losses(output)
 
 
 def test_run_folder_holds_what_the_readme_says(straight):

@@ -1,0 +1,109 @@
+"""A two-rank run that is killed, asked to stop, or hangs; and a rank that watches itself."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.trainer.launch import finish, losses, processes, start
+from trainer.checkpoint import list_checkpoints
+from trainer.watchdog import STALLED
+
+
+def wait_for_checkpoint(run_dir: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(run_dir):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killed_rank_restarts_the_job_by_itself(data, straight, tmp_path):
+    _, expected = straight
+    asynchronous = "trainer.asynchronous_checkpoints=true"
+    process = start(
+        [f"data.path={data}", f"run_dir={tmp_path}", asynchronous],
+        extra=("--standalone", "--max-restarts=2"),
+    )
+    wait_for_checkpoint(tmp_path)
+    ranks = [one for one in processes(str(tmp_path)) if one != process.pid]
+    os.kill(max(ranks), signal.SIGKILL)
+    output = finish(process)
+    assert losses(output) == expected
+    lines = [line for line in output.splitlines() if line.startswith("resuming")]
+    assert lines, "the second start goes on from a checkpoint"
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(data, straight, tmp_path):
+    _, expected = straight
+    arguments = [f"data.path={data}", f"run_dir={tmp_path}"]
+    process = start(arguments)
+    wait_for_checkpoint(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    (line,) = [one for one in output.splitlines() if one.startswith("stopped by SIGTERM")]
+    step = int(line.split("step ")[1].split(";")[0].replace(",", ""))
+    assert list_checkpoints(tmp_path)[-1].name == f"step-{step:08d}"
+    assert max(losses(output)) == step < max(expected)
+    resumed = losses(finish(start(arguments)))
+    assert {**losses(output), **resumed} == expected
+    assert min(resumed) == step + 1
+
+
+def test_rank_that_hangs_is_named_and_ends_the_job(data, tmp_path):
+    process = start(
+        [f"data.path={data}", f"run_dir={tmp_path}", "trainer.stall_seconds=10"],
+        extra=("--standalone", "-m"),
+        program="tests.trainer.faulty",
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "rank 1 on " in output
+    assert "has made no progress for 10 s (trainer.stall_seconds) while taking step 4" in output
+    assert "in stalling" in output, "its stack"
+
+
+@pytest.mark.parametrize(
+    ("hang", "status", "message"),
+    [
+        ("time.sleep(60)", STALLED, "error: rank 3 on "),
+        # Without giving up Python's lock: no other thread gets to run.
+        ("ctypes.PyDLL(None).usleep(60_000_000)", 1, "Timeout (0:00:0"),
+    ],
+)
+def test_watchdog_ends_a_process_that_hangs(hang, status, message):
+    program = (
+        "import ctypes, time; from trainer.watchdog import Watchdog\n"
+        "with Watchdog(0.5, rank=3) as watchdog:\n"
+        "    for _ in range(20): time.sleep(0.05); watchdog.beat('taking step 7')\n"
+        f"    {hang}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert 'File "<string>", line 4' in done.stderr
+
+
+def test_second_signal_ends_the_process_at_once():
+    program = (
+        "import os, signal, time; import trainer.stop as stop\n"
+        "stop.ECHO_SECONDS = 0.2\n"
+        "with stop.stop_request() as request:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.3)\n"
+        "    print(request.number, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout == f"{int(signal.SIGTERM)}\n"
