@@ -25,7 +25,7 @@ from trainer.distributed import World
 
 LOCK = ".lock"
 TOKEN = ".token"  # how the hosts find out whether they share the folder
-SHARED_SECONDS = 10.0
+SHARED_SECONDS = 10.0  # that a network file system may take to show a file
 # What may differ between a run and its resumption: how long, how it is watched, where it lies.
 FREE_KEYS = {
     "run_dir",
@@ -64,9 +64,9 @@ def run_folder(
     """
     content = describe(config, dataset)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    _require_agreement(text, world)
+    require_agreement(text, world)
     lock = _take(run_dir) if world.is_main else None
-    _require_shared(run_dir, world)  # until here rank 0 may remove what a killed run left
+    require_shared(run_dir, world)  # until here rank 0 may remove what a killed run left
     try:
         newest = newest_whole(run_dir, world)
         if newest is not None:
@@ -102,7 +102,7 @@ def newest_whole(run_dir: Path, world: World) -> Path | None:
     return None
 
 
-def _require_agreement(text: str, world: World) -> None:
+def require_agreement(text: str, world: World) -> None:
     """Raise InputError on every rank unless all have one config and data set."""
     texts: list[str] = [""] * world.size
     dist.all_gather_object(texts, text)
@@ -121,8 +121,11 @@ def _require_agreement(text: str, world: World) -> None:
             )
 
 
-def _require_shared(run_dir: Path, world: World) -> None:
-    """Raise InputError on every rank unless all see the run folder of rank 0. Collective."""
+def require_shared(run_dir: Path, world: World, seconds: float = SHARED_SECONDS) -> None:
+    """Raise InputError on every rank unless all see what rank 0 writes there. Collective.
+
+    seconds: how long a network file system may take to show it.
+    """
     token = [secrets.token_hex(16)]
     dist.broadcast_object_list(token, src=0)
     path = run_dir / TOKEN
@@ -130,7 +133,7 @@ def _require_shared(run_dir: Path, world: World) -> None:
         write_atomically(path, token[0].encode())
     dist.barrier()
     seen: list[str | None] = [None] * world.size
-    dist.all_gather_object(seen, None if _reads(path, token[0]) else socket.gethostname())
+    dist.all_gather_object(seen, None if _reads(path, token[0], seconds) else socket.gethostname())
     blind = sorted({one for one in seen if one is not None})
     if world.is_main:
         path.unlink()
@@ -141,9 +144,9 @@ def _require_shared(run_dir: Path, world: World) -> None:
         )
 
 
-def _reads(path: Path, token: str) -> bool:
-    """Whether the file holds the token, given the time that a network file system may take."""
-    deadline = time.monotonic() + SHARED_SECONDS
+def _reads(path: Path, token: str, seconds: float) -> bool:
+    """Whether the file holds the token within so many seconds."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
             if path.read_text() == token:

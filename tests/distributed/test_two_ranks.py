@@ -1,4 +1,4 @@
-"""Two gloo ranks against one: same rows, losses, rankings, and checkpoints across both."""
+"""Two and three gloo ranks against one: rows, losses, rankings, and checkpoints across all."""
 
 import json
 import os
@@ -15,12 +15,13 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, dict]:
-    """The worker's results by number of ranks. Two ranks write the checkpoint that one reads."""
+    """The worker's results by number of ranks. Each writes a checkpoint that the next reads."""
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
     for ranks, launcher in [
         (2, [*TORCHRUN, "--standalone", "--nproc_per_node=2"]),
         (1, [sys.executable]),
+        (3, [*TORCHRUN, "--standalone", "--nproc_per_node=3"]),
     ]:
         out = folder / f"{ranks}.json"
         command = [*launcher, "-m", "tests.distributed.worker", str(out), str(folder)]
@@ -65,11 +66,25 @@ def test_best_items_are_merged_over_shards(results, sharding):
     assert results[2][f"top {sharding}"] == results[1]["top row_wise"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
-def test_checkpoint_of_two_ranks_resumes_anywhere(results, ranks, sharding):
+@pytest.mark.parametrize(("saved", "ranks"), [(2, 1), (2, 2), (2, 3), (1, 3)])
+def test_checkpoint_resumes_at_any_number_of_ranks(results, saved, ranks, sharding):
     uninterrupted = results[2]["full row_wise"][4:]
-    assert results[ranks][f"resumed {sharding}"] == pytest.approx(uninterrupted, rel=2e-6)
+    assert results[ranks][f"from-{saved} {sharding}"] == pytest.approx(uninterrupted, rel=2e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_step_that_one_rank_cannot_take_is_skipped_on_all(results, ranks):
+    assert results[ranks]["skipped"] == [False, True, False]
+
+
+def test_hosts_that_disagree_are_told(results):
+    config, folder, shared = results[2]["refusals"]
+    assert (
+        "rank 1 was started with another config than rank 0 (model.width is 17, not 16)" in config
+    )
+    assert "is not one folder for all hosts" in folder
+    assert shared == ""
 
 
 def test_no_thread_of_the_group_outlives_it(results):

@@ -7,12 +7,14 @@ OUT [CHECKPOINTS].
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from data.batch import SequenceBatch
+from data.errors import InputError
 from data.loader import Step
 from data.negatives import full_slice
 from data.schema import PADDING_ROW, RESERVED_ROWS
@@ -25,6 +27,7 @@ from trainer.config import TableConfig, TrainerConfig
 from trainer.distributed import World, process_group, quiet_libraries
 from trainer.evaluate import top_items
 from trainer.loop import Stepper
+from trainer.run_folder import require_agreement, require_shared
 from trainer.sharding import Sharded, plan_table, shard
 
 ROWS, WIDTH, TOKENS, NEGATIVES, STEPS = 101, 16, 32, 24, 8
@@ -73,9 +76,50 @@ def measure(world: World, checkpoints: Path | None) -> dict:
         results[f"top {sharding}"] = best(sharded, world)
     sampled = build(world, "row_wise", SampledSoftmax(NEGATIVES, False, True))
     results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
+    results["skipped"] = skipped(world)
     if checkpoints is not None:
         results |= resume(world, checkpoints)
+        results["refusals"] = refusals(world, checkpoints)
     return results
+
+
+def skipped(world: World) -> list[bool]:
+    """Which of three steps are skipped where the last rank alone has a loss that is no number."""
+    sharded = build(world, "row_wise", FullSoftmax(world.rank))
+    stepper = Stepper(sharded, replace(TRAIN, nonfinite="skip"), world, seed=1)
+    forward, found = sharded.recommender._core, []
+    for number in range(3):
+        if number == 1 and world.rank == world.size - 1:
+            sharded.recommender._core = lambda batch: (
+                lambda *args: forward(batch)(*args) * torch.nan
+            )
+        batch = global_batch(number % 2, world, sampled=False)
+        found.append(
+            stepper.take(Step(batch, number, 0, 0, False, 0.0, 2 * TOKENS, 25), number).skipped
+        )
+        sharded.recommender._core = forward
+    return found
+
+
+def refusals(world: World, folder: Path) -> list[str]:
+    """What each rank is told where rank 0 has another config, or a run folder of its own."""
+    own = folder / f"host-{world.rank}"
+    own.mkdir(exist_ok=True)
+    told = []
+    for ask in (
+        lambda: require_agreement(f"{{model: {{width: {16 + world.rank}}}}}", world),
+        lambda: require_shared(own, world, seconds=0.2),
+        lambda: require_shared(folder, world, seconds=0.2),
+    ):
+        try:
+            ask()
+            told.append("")
+        except InputError as error:
+            told.append(str(error))
+    every: list[list[str]] = [[]] * world.size
+    dist.all_gather_object(every, told)
+    assert len({tuple(map(bool, one)) for one in every}) == 1, "all ranks refuse, or none"
+    return told
 
 
 def build(world: World, sharding: str, loss) -> Sharded:
@@ -105,7 +149,10 @@ def global_batch(number: int, world: World, sampled: bool) -> SequenceBatch:
     targets[1, 5:] = PADDING_ROW
     negatives = torch.randint(RESERVED_ROWS, ROWS, (NEGATIVES,), generator=random)
     offsets = torch.arange(0, TOKENS + 1, 8)
-    mine = [world.rank] if world.size == 2 else [0, 1]
+    # Of three ranks the last gets the other half's ids and no target.
+    mine = [0, 1] if world.size == 1 else [min(world.rank, 1)]
+    if world.rank == 2:
+        targets[:] = PADDING_ROW
     history, wanted = ids[mine].flatten(), targets[mine].flatten()
     bounds = torch.cat([offsets, *(offsets[1:] + TOKENS * n for n in range(1, len(mine)))])
     candidates = torch.as_tensor(full_slice(ROWS, world.rank, world.size))
@@ -131,23 +178,24 @@ def best(sharded: Sharded, world: World) -> list[list[int]]:
 
 
 def resume(world: World, folder: Path) -> dict[str, list[float]]:
-    """Save after 4 steps where 2 ranks are; load with any number of ranks and another sharding."""
+    """Save after 4 steps; go on from what these and other ranks saved, with two shardings."""
+    sharded = build(world, "row_wise", FullSoftmax(world.rank))
+    for number in range(4):
+        step(sharded, world, number, sampled=False)
+    own = folder / f"from-{world.size}"
+    with Saver(own, sharded, world, RunState(), "", 1, True, print) as saver:
+        saver.save(RunState(step=4), {})
+        saver.require_written(saver.settle(RunState(step=4)))
     results = {}
-    if world.size == 2:
-        sharded = build(world, "row_wise", FullSoftmax(world.rank))
-        for number in range(4):
-            step(sharded, world, number, sampled=False)
-        with Saver(folder, sharded, world, RunState(), "", 1, True, print) as saver:
-            saver.save(RunState(step=4), {})
-            saver.require_written(saver.settle(RunState(step=4)))
-    verify(checkpoint_path(folder, 4), world)
-    for sharding in ("row_wise", "table_wise"):
-        sharded = build(world, sharding, FullSoftmax(world.rank))
-        step(sharded, world, 9, sampled=False)  # something that the load must overwrite
-        assert load(checkpoint_path(folder, 4), sharded).step == 4
-        results[f"resumed {sharding}"] = [
-            step(sharded, world, number, sampled=False) for number in range(4, STEPS)
-        ]
+    for saved in sorted(folder.glob("from-*")):
+        verify(checkpoint_path(saved, 4), world)
+        for sharding in ("row_wise", "table_wise"):
+            sharded = build(world, sharding, FullSoftmax(world.rank))
+            step(sharded, world, 9, sampled=False)  # something that the load must overwrite
+            assert load(checkpoint_path(saved, 4), sharded).step == 4
+            results[f"{saved.name} {sharding}"] = [
+                step(sharded, world, number, sampled=False) for number in range(4, STEPS)
+            ]
     return results
 
 

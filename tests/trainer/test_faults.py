@@ -1,6 +1,6 @@
 """A two-rank run that is killed, asked to stop, or hangs; and a rank that watches itself."""
 
-import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.trainer.launch import finish, losses, processes, start
+from tests.trainer.fault_injection import compare, inject
+from tests.trainer.launch import finish, losses, start
 from trainer.checkpoint import list_checkpoints
 from trainer.watchdog import STALLED
 
@@ -22,20 +23,11 @@ def wait_for_checkpoint(run_dir: Path) -> None:
         time.sleep(0.02)
 
 
-def test_killed_rank_restarts_the_job_by_itself(data, straight, tmp_path):
-    _, expected = straight
-    asynchronous = "trainer.asynchronous_checkpoints=true"
-    process = start(
-        [f"data.path={data}", f"run_dir={tmp_path}", asynchronous],
-        extra=("--standalone", "--max-restarts=2"),
-    )
-    wait_for_checkpoint(tmp_path)
-    ranks = [one for one in processes(str(tmp_path)) if one != process.pid]
-    os.kill(max(ranks), signal.SIGKILL)
-    output = finish(process)
-    assert losses(output) == expected
-    lines = [line for line in output.splitlines() if line.startswith("resuming")]
-    assert lines, "the second start goes on from a checkpoint"
+def test_run_that_is_killed_again_and_again_ends_as_if_it_were_not(data, straight, tmp_path):
+    run_dir, expected = straight
+    killed = tmp_path / "run"
+    assert inject(data, killed, most=3, seconds=12.0, draws=random.Random(3))
+    compare(killed, run_dir, expected)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(data, straight, tmp_path):

@@ -1,17 +1,16 @@
-"""The training command as users run it: two ranks, killed and resumed, over two hosts."""
+"""The training command as users run it: two ranks, resumed, over two hosts, and its refusals."""
 
 import fcntl
 import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.data.datasets import write_dataset
-from tests.trainer.launch import TINY, finish, free_port, kill, losses, start
+from tests.trainer.launch import TINY, finish, free_port, losses, start
 from trainer.checkpoint import FOLDER, list_checkpoints
 
 
@@ -31,28 +30,6 @@ def test_run_folder_holds_what_the_readme_says(straight):
     assert {one.name for one in (run_dir / FOLDER).iterdir()} == {
         one.name for one in list_checkpoints(run_dir)
     }
-
-
-def test_killed_run_resumes_with_the_same_losses(data, straight, tmp_path):
-    _, expected = straight
-    arguments = [f"data.path={data}", f"run_dir={tmp_path}"]
-    process = start(arguments)
-    deadline = time.monotonic() + 120
-    while not list_checkpoints(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    kill(str(tmp_path))
-    process.communicate()
-    saved = [int(one.name.removeprefix("step-")) for one in list_checkpoints(tmp_path)]
-    assert saved
-    assert max(saved) < max(expected), "killed too late to test anything"
-    assert not (tmp_path / "summary.json").exists()
-
-    resumed = losses(finish(start(arguments)))
-    assert min(resumed) == max(saved) + 1
-    assert resumed == {step: loss for step, loss in expected.items() if step > max(saved)}
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["epochs"] == 6.0
-    assert summary["samples"]["samples"] == 80
 
 
 def test_resume_with_another_config_is_refused(data, straight):
