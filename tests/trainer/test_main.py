@@ -18,6 +18,7 @@ from data.schema import RESERVED_ROWS
 from tests.conftest import ROOT
 from tests.data.datasets import write_dataset
 from trainer.checkpoint import FOLDER, list_checkpoints
+from trainer.observe import read_scalars
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = [
@@ -126,7 +127,13 @@ def test_run_folder_holds_what_the_readme_says(straight):
         summary["test"]["unfiltered"]["hr@10"]
         > 1.5 * (summary["popularity"]["test"]["unfiltered"]["hr@10"])
     )
-    assert "SSD4Rec" in (run_dir / "report.md").read_text()
+    for slices in summary["slices"].values():
+        for records in slices.values():
+            assert sum(one["targets"] for one in records) == summary["data"]["users"] == 80
+    evaluated = summary["evaluations"][-1]
+    assert evaluated["epochs"] == summary["epochs"] == 6.0
+    assert evaluated["seconds"] < summary["seconds"] < evaluated["seconds"] + 30
+    assert "SSD4Rec" in (run_dir / "report.html").read_text()
     assert list((run_dir / "tensorboard").iterdir())
     assert (run_dir / "config.yaml").exists()
     assert {one.name for one in (run_dir / FOLDER).iterdir()} == {
@@ -154,6 +161,9 @@ def test_killed_run_resumes_with_the_same_losses(data, straight, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["epochs"] == 6.0
     assert summary["samples"]["samples"] == 80
+    steps, values = read_scalars(tmp_path)["train/loss"]
+    assert steps == sorted(expected), "every step once, over both processes"
+    assert {step: f"{one:.4f}" for step, one in zip(steps, values, strict=True)} == expected
 
 
 def test_resume_with_another_config_is_refused(data, straight):
@@ -167,8 +177,12 @@ def test_resume_with_another_config_is_refused(data, straight):
 def test_finished_run_is_left_as_it_is(data, straight):
     run_dir, _ = straight
     before = (run_dir / "summary.json").read_bytes()
+    report = run_dir / "report.html"
+    drawn = report.read_text()
+    report.unlink()
     assert "this run is finished" in finish(start([f"data.path={data}", f"run_dir={run_dir}"]))
     assert (run_dir / "summary.json").read_bytes() == before
+    assert report.read_text() == drawn
 
 
 def test_diverged_run_stops_before_it_stores_anything(data, tmp_path):

@@ -85,6 +85,7 @@ def assemble(
             validation,
             observer,
             time.monotonic(),
+            0.0,
         ),
         steps,
     )
