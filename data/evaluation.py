@@ -4,7 +4,7 @@ Legend: T tokens, S sequences (one read position each), C candidates, N seen ite
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from data.batch import SequenceBatch
 from data.cutting import cut_packs
-from data.packing import PackArrays, assemble, in_steps, to_batch
+from data.packing import assemble, in_steps, to_batch
 from data.prefetch import NOBODY, WindowReader
 from data.randomness import Purpose, generator
-from data.reader import HistoryDataset
+from data.reader import Histories, HistoryDataset, concatenated_ranges
 from data.samples import NO_SAMPLES, Samples, Split, evaluation_samples
 from data.schema import PADDING_ROW
 
@@ -60,6 +60,8 @@ class EvaluationBatches:
     would leave sequences empty and those of short ones tokens.
 
     targets: each user's `all` or `first`, see `evaluation_samples`.
+    max_history: the newest events that the model sees of each history; None shows all. What
+        counts as seen is the whole history all the same.
     candidates_C: int64 ids to look up with every batch; by default one PADDING_ROW.
 
     Attributes: batch_tokens, the budget, grown to the longest history where that is more, so that
@@ -76,11 +78,13 @@ class EvaluationBatches:
         max_sequences: int,
         rank: int,
         world_size: int,
+        max_history: int | None = None,
         candidates_C: np.ndarray | None = None,
         window_tokens: int = 2**25,
     ) -> None:
         self._dataset, self._split, self._targets = dataset, split, targets
         self._max_sequences, self._rank, self._world_size = max_sequences, rank, world_size
+        self.max_history = max_history
         padding = np.full(1, PADDING_ROW, dtype=np.int64)
         self._candidates_C = padding if candidates_C is None else candidates_C
         self._reader = WindowReader(dataset)
@@ -110,13 +114,16 @@ class EvaluationBatches:
 
     def _samples(self, groups: np.ndarray) -> tuple[Samples, int]:
         users = self._dataset.users_of(groups)
-        return evaluation_samples(
+        samples, without_history = evaluation_samples(
             self._dataset.n_train_U[users],
             self._dataset.n_validation_U[users],
             self._dataset.n_events_U[users],
             self._split,
             self._targets,
         )
+        if self.max_history is not None:
+            samples = replace(samples, start_M=np.maximum(samples.stop_M - self.max_history, 0))
+        return samples, without_history
 
     def _packs(self) -> Iterator[_Pack]:
         for number, groups in enumerate(self._windows):
@@ -135,21 +142,25 @@ class EvaluationBatches:
         arrays = assemble(histories, pack.samples, *limits, read_last=True)
         user_index_S = np.full(self._max_sequences, -1, dtype=np.int64)
         user_index_S[: len(pack.samples)] = pack.user_index
-        seen_items_N, seen_sequence_N = _seen(arrays)
+        history_length_S = np.zeros(self._max_sequences, dtype=np.int64)
+        history_length_S[: len(pack.samples)] = pack.samples.stop_M
+        seen_items_N, seen_sequence_N = _seen(histories, pack.samples)
         return EvaluationBatch(
             to_batch(arrays, self._candidates_C, None, step_targets),
             torch.from_numpy(seen_items_N),
             torch.from_numpy(seen_sequence_N),
             torch.from_numpy(user_index_S),
-            torch.from_numpy(np.diff(arrays.offsets_B1)),
+            torch.from_numpy(history_length_S),
         )
 
 
-def _seen(pack: PackArrays) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct items of each sequence other than its target, and their sequences: int64."""
-    items_T = pack.history_T[: pack.tokens]
-    sequence_T = np.repeat(np.arange(len(pack.targets_S)), np.diff(pack.offsets_B1))
-    kept_T = items_T != pack.targets_S[sequence_T]
-    rows = int(items_T.max(initial=0)) + 1
-    pairs = np.unique(sequence_T[kept_T] * rows + items_T[kept_T])
+def _seen(histories: Histories, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct items before each target other than itself, and their sequences: int64."""
+    base_M, events_M = histories.offsets_U1[samples.user_M], samples.stop_M.astype(np.int64)
+    items_N = histories.items_N[concatenated_ranges(base_M, events_M)].astype(np.int64)
+    sequence_N = np.repeat(np.arange(len(samples)), events_M)
+    targets_M = histories.items_N[base_M + events_M]
+    kept_N = items_N != targets_M[sequence_N]
+    rows = int(items_N.max(initial=0)) + 1
+    pairs = np.unique(sequence_N[kept_N] * rows + items_N[kept_N])
     return pairs % rows, pairs // rows

@@ -75,6 +75,7 @@ class TrainingSteps(Prefetcher[Step]):
         mask_ratio: float,
         long_history: LongHistory,
         overlap: int,
+        max_history: int | None = None,
         window_tokens: int,
         seed: int,
         candidates: Candidates,
@@ -85,7 +86,7 @@ class TrainingSteps(Prefetcher[Step]):
         hint: tuple[int, int] = (0, 0),
         pin_memory: bool = False,
     ) -> None:
-        rule = SampleRule(objective, batch_tokens, long_history, overlap)
+        rule = SampleRule(objective, batch_tokens, long_history, overlap, max_history)
         self.order = PackOrder(dataset, rule, max_sequences, window_tokens, seed)
         self.counts = self.order.counts
         self.rule, self.candidates, self.mask_ratio = rule, candidates, mask_ratio

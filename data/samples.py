@@ -109,6 +109,9 @@ def prefixes(
 class SampleRule:
     """How training histories become samples; knows the counts of an epoch without making them.
 
+    max_history: the most tokens of a sample, where that is less than a whole batch; `long_history`
+        says what becomes of a longer one.
+
     Raises InputError for an option that is unknown or has no meaning here.
     """
 
@@ -116,6 +119,7 @@ class SampleRule:
     batch_tokens: int
     long_history: LongHistory = "refuse"
     overlap: int = 0  # tokens, with long_history=windows
+    max_history: int | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in ("causal", "prefix"):
@@ -131,17 +135,32 @@ class SampleRule:
                 "long_history=windows has no meaning for prefix samples, each trains one target: "
                 "use long_history=truncate, or refuse"
             )
-        if self.long_history == "windows" and not 0 <= self.overlap < self.batch_tokens:
+        if self.max_history is not None and not 1 <= self.max_history <= self.batch_tokens:
             raise InputError(
-                f"overlap={self.overlap} must be at least 0 and below "
+                f"max_history={self.max_history} must be at least 1 and at most "
                 f"batch_tokens={self.batch_tokens}"
             )
+        if self.long_history == "windows" and not 0 <= self.overlap < self.sample_tokens:
+            name = "batch_tokens" if self.max_history is None else "max_history"
+            raise InputError(
+                f"overlap={self.overlap} must be at least 0 and below {name}={self.sample_tokens}"
+            )
+
+    @property
+    def sample_tokens(self) -> int:
+        """The most tokens of a sample."""
+        return self.batch_tokens if self.max_history is None else self.max_history
 
     def check_lengths(self, n_train_U: np.ndarray) -> None:
         """Raises InputError when a history is longer than a batch and the rule refuses that."""
         longest = int(_trained_tokens(n_train_U).max(initial=0))
-        if self.long_history == "refuse" and longest > self.batch_tokens:
+        if self.long_history == "refuse" and longest > self.sample_tokens:
             policies = "truncate" if self.objective == "prefix" else "windows or truncate"
+            if self.max_history is not None:
+                raise InputError(
+                    f"the longest training history has {longest} tokens, more than "
+                    f"max_history={self.max_history}: set data.long_history to {policies}"
+                )
             raise InputError(
                 f"the longest training history has {longest} tokens, a batch only "
                 f"batch_tokens={self.batch_tokens}: set data.batch_tokens to {longest} or more, "
@@ -150,8 +169,8 @@ class SampleRule:
 
     def samples(self, n_train_U: np.ndarray) -> Samples:
         if self.objective == "prefix":
-            return prefixes(n_train_U, self.batch_tokens, self.long_history)
-        return whole_histories(n_train_U, self.batch_tokens, self.long_history, self.overlap)
+            return prefixes(n_train_U, self.sample_tokens, self.long_history)
+        return whole_histories(n_train_U, self.sample_tokens, self.long_history, self.overlap)
 
     def samples_a_user(self, n_train_U: np.ndarray) -> np.ndarray:
         """int64 number of samples of each user, in closed form."""
@@ -160,16 +179,16 @@ class SampleRule:
             return tokens_U
         extra_U = np.zeros_like(tokens_U)
         if self.long_history == "windows":
-            beyond_U = np.maximum(tokens_U - self.batch_tokens, 0)
-            extra_U = -(-beyond_U // (self.batch_tokens - self.overlap))
+            beyond_U = np.maximum(tokens_U - self.sample_tokens, 0)
+            extra_U = -(-beyond_U // (self.sample_tokens - self.overlap))
         return (tokens_U > 0) + extra_U
 
     def tokens_a_user(self, n_train_U: np.ndarray) -> np.ndarray:
         """int64 sum of the tokens of each user's samples, in closed form."""
         tokens_U = _trained_tokens(n_train_U)
-        kept_U = np.minimum(tokens_U, self.batch_tokens)
+        kept_U = np.minimum(tokens_U, self.sample_tokens)
         if self.objective == "prefix":
-            return kept_U * (kept_U + 1) // 2 + (tokens_U - kept_U) * self.batch_tokens
+            return kept_U * (kept_U + 1) // 2 + (tokens_U - kept_U) * self.sample_tokens
         if self.long_history == "windows":
             repeats_U = np.maximum(self.samples_a_user(n_train_U) - 1, 0)
             return tokens_U + repeats_U * self.overlap
@@ -180,14 +199,14 @@ class SampleRule:
         tokens_U = _trained_tokens(n_train_U)
         total, long = (
             int(self.tokens_a_user(n_train_U).sum()),
-            int((tokens_U > self.batch_tokens).sum()),
+            int((tokens_U > self.sample_tokens).sum()),
         )
         whole_U = tokens_U * (tokens_U + 1) // 2 if self.objective == "prefix" else tokens_U
         whole = int(whole_U.sum())
         windows, truncates = self.long_history == "windows", self.long_history == "truncate"
         targets_U = tokens_U
         if self.objective == "causal" and truncates:
-            targets_U = np.minimum(tokens_U, self.batch_tokens)
+            targets_U = np.minimum(tokens_U, self.sample_tokens)
         return SampleCounts(
             samples=int(self.samples_a_user(n_train_U).sum()),
             tokens=total,

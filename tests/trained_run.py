@@ -60,6 +60,7 @@ def trained() -> Trained:
         "trainer.max_epochs=2",
         "trainer.learning_rate=0.01",
         "trainer.warmup_steps=0",
+        "trainer.log_every_steps=2",
         "embedding.optimizer=rowwise_adagrad",
         "embedding.learning_rate=0.1",
     ]

@@ -79,6 +79,7 @@ def sample_rule(config: Config) -> SampleRule:
         data.batch_tokens,
         data.long_history,
         data.overlap_tokens,
+        data.max_history,
     )
 
 
@@ -170,6 +171,7 @@ def training_steps(
         mask_ratio=data.mask_ratio,
         long_history=data.long_history,
         overlap=data.overlap_tokens,
+        max_history=data.max_history,
         window_tokens=data.window_tokens,
         seed=config.seed,
         candidates=drawn,
@@ -198,6 +200,7 @@ def evaluation_batches(
         data.max_sequences or 1,
         world.rank,
         world.size,
+        data.max_history,
     )
     if not batches.samples:
         raise InputError(
@@ -235,8 +238,11 @@ def observer(
         f"{counts.targets:,} targets"
     )
     if counts.windowed_histories or counts.truncated_histories:
+        limit = f"data.batch_tokens={config.data.batch_tokens}"
+        if config.data.max_history is not None:
+            limit = f"data.max_history={config.data.max_history}"
         eyes.say(
-            f"histories longer than data.batch_tokens={config.data.batch_tokens}: "
+            f"histories longer than {limit}: "
             f"{counts.windowed_histories:,} in windows ({counts.repeated_tokens:,} tokens read "
             f"again), {counts.truncated_histories:,} truncated ({counts.dropped_tokens:,} tokens "
             "dropped)"

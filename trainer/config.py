@@ -56,6 +56,7 @@ class DataConfig:
     batch_tokens: int
     max_sequences: int | None
     mask_ratio: float
+    max_history: int | None
     long_history: Literal["refuse", "windows", "truncate"]
     overlap_tokens: int
     window_tokens: int
@@ -211,10 +212,17 @@ def _check_combinations(config: Config) -> None:
         )
     if data.long_history == "windows" and data.samples == "prefixes":
         raise InputError("data.long_history=windows is for data.samples=histories; use truncate")
-    if data.overlap_tokens >= data.batch_tokens:
+    limit, tokens = "data.batch_tokens", data.batch_tokens
+    if data.max_history is not None:
+        if not 1 <= data.max_history <= data.batch_tokens:
+            raise InputError(
+                f"data.max_history={data.max_history} is outside [1, "
+                f"data.batch_tokens={data.batch_tokens}]; null shows whole histories"
+            )
+        limit, tokens = "data.max_history", data.max_history
+    if data.overlap_tokens >= tokens:
         raise InputError(
-            f"data.overlap_tokens={data.overlap_tokens} must be below "
-            f"data.batch_tokens={data.batch_tokens}"
+            f"data.overlap_tokens={data.overlap_tokens} must be below {limit}={tokens}"
         )
     if loss.kind == "sampled" and loss.negatives < 1:
         raise InputError(f"loss.negatives={loss.negatives} with loss.kind=sampled; draw at least 1")

@@ -111,6 +111,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def quiet_libraries() -> None:
     """Silence what libraries say of their own code, which neither we nor a user can change."""
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    for name in ("torch.fx._symbolic_trace", "tensorboard"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for module in (r"torchrec\..*", r"torch\.distributed\.checkpoint\..*"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)

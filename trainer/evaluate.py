@@ -12,6 +12,7 @@ rivals'. Ties are pessimistic: a rival with the target's score stands before it.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from data.batch import SequenceBatch
 from data.errors import InputError
 from data.evaluation import EvaluationBatch
 from data.schema import PADDING_ROW, RESERVED_ROWS
+from data.statistics import bounds, octaves, standard_error
 from modules.recommender import Recommender
 from trainer.distributed import World
 
@@ -57,16 +59,37 @@ class Ranking:
             ranks = {name: one[chosen_N] for name, one in ranks.items()}
         return {name: rank_metrics(one) for name, one in ranks.items()}
 
+    def by_octave(self, values_N: np.ndarray) -> list[dict[str, Any]]:
+        """The metrics within each octave (`data.statistics`) of a value ≥ 0 of the targets.
+
+        Each record: from, to, targets, and for both protocols the metrics with the standard error
+        of NDCG@10, `ndcg@10_error` (None for a single target).
+        """
+        octave_N = octaves(values_N)
+        records = []
+        for octave in np.unique(octave_N):
+            chosen_N = octave_N == octave
+            metrics: dict[str, Any] = {**self.metrics(chosen_N)}
+            for name, ranks_N in (("filtered", self.filtered_N), ("unfiltered", self.unfiltered_N)):
+                metrics[name]["ndcg@10_error"] = standard_error(gains(ranks_N[chosen_N], 10))
+            records.append({**bounds(int(octave)), "targets": int(chosen_N.sum()), **metrics})
+        return records
+
+
+def gains(ranks_N: np.ndarray, k: int) -> np.ndarray:
+    """NDCG@k of each target at a 1-based rank: with one relevant item the ideal DCG is 1, so it is
+    1 / log2(1 + rank) inside the cutoff."""
+    return np.where(ranks_N <= k, 1.0 / np.log2(1.0 + ranks_N), 0.0)
+
 
 def rank_metrics(ranks_N: np.ndarray) -> dict[str, float]:
-    """HR@k, NDCG@k and MRR@k of single targets at 1-based ranks: with one relevant item the ideal
-    DCG is 1, so NDCG is 1 / log2(1 + rank) inside the cutoff."""
+    """HR@k, NDCG@k and MRR@k of single targets at 1-based ranks."""
     out: dict[str, float] = {}
     count = max(1, len(ranks_N))
     for k in CUTOFFS:
         inside = ranks_N[ranks_N <= k].astype(np.float64)
         out[f"hr@{k}"] = len(inside) / count
-        out[f"ndcg@{k}"] = float((1.0 / np.log2(1.0 + inside)).sum()) / count
+        out[f"ndcg@{k}"] = float(gains(inside, k).sum()) / count
         out[f"mrr@{k}"] = float((1.0 / inside).sum()) / count
     return out
 

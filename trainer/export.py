@@ -111,6 +111,12 @@ def open_source(path: Path, data: str | None) -> Source:
     """Find the checkpoint that `path` names and what belongs to it. Raises InputError."""
     folder = find(path)
     config = _run_config(folder / CONFIG)
+    shown = config["data"].get("max_history")
+    if shown is not None:
+        raise InputError(
+            f"{folder} saw data.max_history={shown} events of a history, and scoring reads whole "
+            "ones: its figures would not hold; export a run with data.max_history=null"
+        )
     place = Path(data or config["data"]["path"])
     if not (place / MANIFEST).exists():
         raise InputError(

@@ -1,5 +1,6 @@
 """The end of a run: the best checkpoint on the test split, once, beside popularity."""
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -8,23 +9,26 @@ import torch
 
 from configs.environment import versions
 from data.evaluation import EvaluationBatches
+from data.reader import HistoryDataset
 from data.samples import SampleCounts
+from data.statistics import describe
 from data.vocabulary import Vocabulary
 from trainer import checkpoint
 from trainer.checkpoint import RunState
 from trainer.evaluate import Ranking, evaluate, evaluate_popularity
-from trainer.loop import Clock, Run
-from trainer.report import metric_table, write_summary
+from trainer.loop import Run
+from trainer.report import REPORT, metric_table, write_report, write_summary
 
 
 def finish(
     run: Run,
     test: EvaluationBatches,
+    dataset: HistoryDataset,
     vocabulary: Vocabulary,
     state: RunState,
     samples: SampleCounts,
 ) -> None:
-    """Evaluate the best checkpoint on test, once, and write the summary."""
+    """Evaluate the best checkpoint on test, once, and write the summary and the report."""
     best = checkpoint.checkpoint_path(run.run_dir, state.best_step)
     checkpoint.verify(best, run.world)
     checkpoint.load_weights(best, run.sharded)
@@ -39,11 +43,13 @@ def finish(
         "test": test_metrics(ranking, vocabulary.counts),
         "validation": {name: figures[name] for name in ("filtered", "unfiltered")},
         "popularity": {"test": popularity.metrics()},
+        "slices": slices({"model": ranking, "popularity": popularity}, vocabulary.counts),
+        "data": describe(dataset, vocabulary),
         "best_step": state.best_step,
         "steps": state.step,
         "epochs": state.epochs,
         "skipped_steps": state.skipped,
-        "seconds": Clock(run.started, state).stamp(state).seconds,
+        "seconds": run.earlier_seconds + time.monotonic() - run.started,
         "training_seconds": state.training_seconds,
         "seconds_to_first_step": first_step_at - run.started if first_step_at else None,
         "tokens_per_second": state.tokens / max(state.training_seconds, 1e-9),
@@ -57,7 +63,8 @@ def finish(
     }
     write_summary(run.run_dir, summary)
     print("\n".join(metric_table(summary)))
-    print(f"summary.json and report.md are in {run.run_dir}")
+    write_report(run.run_dir)
+    print(f"summary.json and {REPORT} are in {run.run_dir}")
 
 
 def test_metrics(ranking: Ranking, counts_V: np.ndarray) -> dict[str, Any]:
@@ -71,6 +78,20 @@ def test_metrics(ranking: Ranking, counts_V: np.ndarray) -> dict[str, Any]:
             "unknown": int((~known_N).sum()),
         }
     return metrics
+
+
+def slices(
+    rankings: dict[str, Ranking], counts_V: np.ndarray
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The test figures by the events before a target, and by its item's training events."""
+    return {
+        "history_length": {
+            name: one.by_octave(one.history_length_N) for name, one in rankings.items()
+        },
+        "training_events": {
+            name: one.by_octave(counts_V[one.targets_N]) for name, one in rankings.items()
+        },
+    }
 
 
 def device_name(device: torch.device) -> str:

@@ -40,6 +40,7 @@ class Run:
     saver: Saver
     watchdog: Watchdog
     started: float  # time.monotonic() at this process's start
+    earlier_seconds: float  # of the run's earlier processes
 
 
 def train(run: Run, steps: TrainingSteps, state: RunState) -> RunState:
@@ -210,7 +211,7 @@ def evaluate_and_judge(run: Run, state: RunState) -> RunState:
         + f"  ({time.perf_counter() - started:.1f} s)"
         + ("  best" if better else "")
     )
-    record = {"step": state.step, "seconds": state.seconds, **figures}
+    record = {"step": state.step, "epochs": state.epochs, "seconds": state.seconds, **figures}
     return state.with_(
         evaluations=[*state.evaluations, record],
         best_value=value if better else state.best_value,

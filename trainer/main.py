@@ -25,7 +25,7 @@ from trainer.config import Config, resolve_paths
 from trainer.distributed import World, process_group, quiet_libraries
 from trainer.finish import finish
 from trainer.loop import Run, train
-from trainer.report import SUMMARY
+from trainer.report import REPORT, SUMMARY, write_report
 from trainer.run_folder import RunFolder, run_folder, start_point
 from trainer.sharding import Sharded, describe_memory, describe_plan, plan_table, shard
 from trainer.stop import stop_request
@@ -91,13 +91,15 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
             saver=stack.enter_context(saver),
             watchdog=watchdog,
             started=STARTED,
+            earlier_seconds=before.seconds,
         )
         state = train(run, steps, before)
         observer.close()
         if state.step > before.step or not (run_dir / SUMMARY).exists():
-            finish(run, test, vocabulary, state, steps.counts)
+            finish(run, test, dataset, vocabulary, state, steps.counts)
         elif world.is_main:
-            print(f"this run is finished: its summary.json and report.md are in {run_dir}")
+            write_report(run_dir)
+            print(f"this run is finished: its summary.json and {REPORT} are in {run_dir}")
 
 
 def first_state(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -63,7 +64,7 @@ class Observer:
         self._writer: SummaryWriter | None = None
         self._bar: tqdm | None = None
         if world.is_main:
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
             self._bar = tqdm(
                 total=max(total_steps, first_step),
                 initial=first_step,
@@ -186,6 +187,7 @@ class Observer:
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(f"{prefix}/{name}", value, step)
+            self._writer.flush()  # a killed run keeps every line up to its checkpoint
 
     def close(self) -> None:
         if self._bar is not None:
@@ -213,3 +215,21 @@ def flops_per_token(model: ModelConfig, candidates: int, targets_per_token: floa
     directions = 2 if model.kind == "bidirectional" else 1
     layer = directions * mixer + 2 * 8 * D * D
     return 3.0 * (model.layers * layer + targets_per_token * 2 * D * candidates)
+
+
+def read_scalars(run_dir: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """The recorded figures of a run: {tag: (steps, values)}, each step once.
+
+    TensorBoard's own reader drops what a killed process recorded beyond its last checkpoint, which
+    the resumed one recorded again. Empty where nothing was recorded.
+    """
+    folder = run_dir / "tensorboard"
+    if not folder.is_dir():
+        return {}
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: all
+    log.Reload()
+    curves = {}
+    for tag in log.Tags()["scalars"]:
+        events = log.Scalars(tag)
+        curves[tag] = ([one.step for one in events], [one.value for one in events])
+    return curves

@@ -42,7 +42,9 @@ def sequences(evaluation, batches):
         history = items[offsets[s] : offsets[s + 1]].tolist()
         target = int(batch.targets_S[s])
         seen = evaluation.seen_items_N[evaluation.seen_sequence_N == s].tolist()
-        assert int(evaluation.history_length_S[s]) == len(history)
+        events = int(evaluation.history_length_S[s])
+        shown = batches.max_history
+        assert len(history) == (events if shown is None else min(events, shown))
         if not history:
             assert (target, int(evaluation.user_index_S[s]), seen) == (PADDING_ROW, -1, [])
             continue
@@ -67,6 +69,14 @@ def test_seen_items_with_repeats_leave_the_target_out(tmp_path):
     dataset = HistoryDataset(write_dataset(tmp_path, [[8, 9, 8, 9, 10, 8], [11, 11]]))
     expected = [(0, [8, 9, 8, 9, 10], 8, [9, 10]), (1, [11], 11, [])]
     assert found(dataset) == expected
+
+
+@pytest.mark.parametrize("shown", [1, 5])
+def test_a_shown_part_changes_neither_targets_nor_what_counts_as_seen(dataset, shown):
+    whole = found(dataset)
+    cut = [(user, history[-shown:], target, seen) for user, history, target, seen in whole]
+    assert found(dataset, max_history=shown) == sorted(cut)
+    assert any(len(history) > shown for _, history, _, _ in whole)
 
 
 def test_temporal_targets_have_their_full_earlier_history(tmp_path):

@@ -94,6 +94,21 @@ def test_counts_in_closed_form_are_those_of_the_samples(
     assert counts.truncated_histories == (long if long_history == "truncate" else 0)
 
 
+@pytest.mark.parametrize(
+    ("objective", "long_history", "overlap"),
+    [("causal", "windows", 2), ("causal", "truncate", 0), ("prefix", "truncate", 0)],
+)
+@given(n_train=lengths_of_users, max_history=st.integers(3, 20))
+def test_max_history_cuts_as_a_smaller_batch_would(
+    objective, long_history, overlap, n_train, max_history
+):
+    rule = SampleRule(objective, 50, long_history, overlap, max_history)
+    smaller = SampleRule(objective, max_history, long_history, overlap)
+    assert rows(rule.samples(n_train)) == rows(smaller.samples(n_train))
+    assert rule.counts(n_train) == smaller.counts(n_train)
+    assert (rule.samples(n_train).tokens_M <= max_history).all()
+
+
 def test_long_histories_are_refused_with_both_numbers():
     with pytest.raises(InputError, match=r"100 tokens.*batch_tokens=64.*windows or truncate"):
         SampleRule("causal", 64).check_lengths(np.array([5, 101]))
@@ -102,6 +117,8 @@ def test_long_histories_are_refused_with_both_numbers():
     ):
         prefixes(np.array([101]), 64)
     SampleRule("causal", 64).check_lengths(np.array([65]))
+    with pytest.raises(InputError, match=r"100 tokens.*max_history=10.*windows or truncate"):
+        SampleRule("causal", 200, max_history=10).check_lengths(np.array([101]))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +126,8 @@ def test_long_histories_are_refused_with_both_numbers():
     [
         (("prefix", 8, "windows"), "no meaning for prefix"),
         (("causal", 8, "windows", 8), "overlap=8 must be"),
+        (("causal", 8, "windows", 4, 4), "overlap=4 must be at least 0 and below max_history=4"),
+        (("causal", 8, "windows", 0, 9), "max_history=9 must be at least 1 and at most"),
         (("causal", 8, "cut"), "long_history=cut is unknown"),
         (("both", 8), "objective=both is unknown"),
         (("causal", 0), "batch_tokens=0"),

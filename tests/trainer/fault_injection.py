@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.trainer.launch import finish, kill, losses, processes, ring, start
 from trainer.checkpoint import list_checkpoints
 from trainer.checkpoint_files import MANIFEST
+from trainer.observe import read_scalars
 
 RESTARTS = ("--standalone", "--max-restarts=1000")
 
@@ -81,6 +82,9 @@ def compare(run_dir: Path, straight: Path, expected: dict[int, str]) -> None:
     found = losses(lines)
     assert found.items() <= expected.items()
     assert max(found) == max(expected)
+    steps, values = read_scalars(run_dir)["train/loss"]
+    assert steps == sorted(expected), "every step once, over all processes"
+    assert {step: f"{one:.4f}" for step, one in zip(steps, values, strict=True)} == expected
     for part in ("test", "validation", "best_step", "steps", "epochs"):
         ours, theirs = (
             json.loads((one / "summary.json").read_text()) for one in (run_dir, straight)

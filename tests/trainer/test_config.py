@@ -40,6 +40,8 @@ def test_small_numbers_in_yaml_are_numbers():
         ("+model.depth=3", "model.depth is no key of the config"),
         ("model=bidirectional", "train it with data=prefixes"),
         ("data.overlap_tokens=16384", "must be below data.batch_tokens=16384"),
+        ("data.max_history=0", r"data.max_history=0 is outside \[1, data.batch_tokens=16384\]"),
+        ("data.max_history=16385", "data.max_history=16385 is outside"),
         ("loss.kind=sampled", "loss.negatives=0 with loss.kind=sampled; draw at least 1"),
         ("trainer.learning_rate=0", "trainer.learning_rate=0.0 must be above 0"),
         ("trainer.monitor=test.filtered.hr@10", "is no validation figure"),

@@ -16,7 +16,7 @@ from modules.losses import FullSoftmax
 from modules.recommender import Recommender
 from tests.data.datasets import write_dataset
 from trainer import evaluate as evaluation
-from trainer.evaluate import evaluate, evaluate_popularity, rank_metrics, top_items
+from trainer.evaluate import Ranking, evaluate, evaluate_popularity, rank_metrics, top_items
 
 ROWS = 60
 
@@ -130,6 +130,25 @@ def test_metrics_equal_an_independent_library():
         assert ours[f"hr@{k}"] == pytest.approx(theirs[Success @ k])
         assert ours[f"ndcg@{k}"] == pytest.approx(theirs[nDCG @ k])
         assert ours[f"mrr@{k}"] == pytest.approx(theirs[RR @ k])
+
+
+def test_octaves_split_the_targets_and_their_metrics():
+    draws = np.random.default_rng(2)
+    ranks = draws.integers(1, 40, 500)
+    values = draws.integers(0, 300, 500)
+    ranking = Ranking(ranks, ranks + 1, values, values)
+    records = ranking.by_octave(values)
+    assert [one["from"] for one in records] == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert sum(one["targets"] for one in records) == 500
+    for name, one in ranking.metrics()["filtered"].items():
+        parts = sum(part["targets"] * part["filtered"][name] for part in records)
+        assert parts / 500 == pytest.approx(one)
+    chosen = (values >= 64) & (values < 128)
+    gains = [1 / np.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks[chosen] + 1]
+    record = records[7]["unfiltered"]
+    assert record["ndcg@10"] == pytest.approx(np.mean(gains))
+    error = np.std(gains, ddof=1) / len(gains) ** 0.5
+    assert record["ndcg@10_error"] == pytest.approx(error)
 
 
 def test_a_diverged_model_is_no_perfect_one(dataset, one_rank):

@@ -262,6 +262,15 @@ def test_damaged_checkpoints_are_named(made, tmp_path, name, spoil, message):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_run_that_saw_part_of_the_histories_is_not_exported(made, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(find(made.run), folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("max_history: null", "max_history: 9"))
+    with pytest.raises(InputError, match=r"saw data\.max_history=9 events of a history"):
+        export(ExportConfig(str(folder), str(tmp_path / "b")))
+
+
 def test_a_data_set_that_moved_is_named_on_the_command_line(made, tmp_path):
     """As the config of a run that was started in another folder with a relative path."""
     folder = tmp_path / "run"

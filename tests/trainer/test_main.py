@@ -24,7 +24,13 @@ def test_run_folder_holds_what_the_readme_says(straight):
         summary["test"]["unfiltered"]["hr@10"]
         > 1.5 * (summary["popularity"]["test"]["unfiltered"]["hr@10"])
     )
-    assert "SSD4Rec" in (run_dir / "report.md").read_text()
+    for slices in summary["slices"].values():
+        for records in slices.values():
+            assert sum(one["targets"] for one in records) == summary["data"]["users"] == 80
+    evaluated = summary["evaluations"][-1]
+    assert evaluated["epochs"] == summary["epochs"] == 6.0
+    assert evaluated["seconds"] < summary["seconds"] < evaluated["seconds"] + 30
+    assert "SSD4Rec" in (run_dir / "report.html").read_text()
     assert list((run_dir / "tensorboard").iterdir())
     assert (run_dir / "config.yaml").exists()
     assert {one.name for one in (run_dir / FOLDER).iterdir()} == {
@@ -43,8 +49,12 @@ def test_resume_with_another_config_is_refused(data, straight):
 def test_finished_run_is_left_as_it_is(data, straight):
     run_dir, _ = straight
     before = (run_dir / "summary.json").read_bytes()
+    report = run_dir / "report.html"
+    drawn = report.read_text()
+    report.unlink()
     assert "this run is finished" in finish(start([f"data.path={data}", f"run_dir={run_dir}"]))
     assert (run_dir / "summary.json").read_bytes() == before
+    assert report.read_text() == drawn
 
 
 def test_diverged_run_stops_before_it_stores_anything(data, tmp_path):
