@@ -1,0 +1,375 @@
+"""log sum_c exp(h_n . c_c + bias_c) without its logits in memory, and its gradients, on Triton.
+
+The forward is one product: a program holds a tile of positions, walks over the candidates and
+carries the running maximum and sum. The backward makes the logits of a chunk anew (the second
+product), turns them into the weights
+
+  `w_nc = exp(logit_nc - lse_n) dlse_n + [c = place_n] dtarget_n`
+
+and writes those, rounded to the dtype of h; `dh = w c` and `dc = w^T h` are cuBLAS's. That is four
+products for a floor of three. Keeping the forward's exponentials where they fit would save none:
+scaling them to the final sum reads and writes what making them anew only writes. Walking twice, for
+dh and for dc, would need no chunk but five products, the chained ones at a lower rate.
+
+A rival whose id is the position's own target (an accidental hit) is left out where ids are given.
+Nothing reads a value on the host and no atomics are used: a CUDA graph can hold it all, and the
+kernels give the same bits every time.
+
+Shape suffixes: N positions, C candidates, D width; R positions and K candidates of a tile, G runs
+of candidate tiles.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float32)
+MULTIPROCESSORS = 132  # of an H100
+WEIGHT_BYTES = 512 * 2**20  # of one chunk's weights
+CHUNK_CANDIDATES = 16_384  # at least, where there are as many: dc's product has to fill the card
+LOG2E = tl.constexpr(1.4426950408889634)
+TARGET_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Positions, candidates and columns of a tile; how a program runs."""
+
+    rows: int
+    candidates: int
+    columns: int
+    warps: int
+    stages: int
+    precision: str
+
+
+def choose_launch(D: int, dtype: torch.dtype) -> Launch:
+    """Tiles that leave shared memory for two candidate tiles beside the positions' at D 256.
+
+    32 rows of fp32 keep clear of warp-group products, which Triton 3.6 miscompiles there
+    (`tests/gpu/lint_sass.py`).
+    """
+    if dtype == torch.float32:
+        return Launch(32, 64, 32, warps=4, stages=3, precision="tf32x3")
+    if D > 256:
+        return Launch(128, 128, 64, warps=8, stages=3, precision="ieee")
+    columns = max(triton.next_power_of_2(D), 16)
+    return Launch(128, 128, columns, warps=8, stages=2, precision="ieee")
+
+
+@triton.jit
+def load_tile(ptr, row_R, rows, d_D, D: tl.constexpr):
+    """Rows of a [rows, D] matrix, 0 outside."""
+    mask_RD = (row_R < rows)[:, None] & (d_D < D)[None, :]
+    pointers = ptr + row_R.to(tl.int64)[:, None] * D + d_D[None, :]
+    return tl.load(pointers, mask=mask_RD, other=0.0)
+
+
+@triton.jit
+def scaled_logits(
+    h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, c_K, candidates,
+    D: tl.constexpr, COLUMNS: tl.constexpr, HITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[R, K] logits times log2(e), -inf where there is no rival. h_RD holds all D, or is not used.
+
+    The small loads come first: behind the product they would wait for it.
+    """
+    inside_K = c_K < candidates
+    bias_K = tl.load(bias_ptr + c_K, mask=inside_K, other=float("-inf")) * LOG2E
+    if HITS:
+        id_K = tl.load(id_ptr + c_K, mask=inside_K, other=-1)
+    if D > COLUMNS:
+        logit_RK = tl.zeros([n_R.shape[0], c_K.shape[0]], tl.float32)
+        for first in range(0, D, COLUMNS):
+            d_D = first + tl.arange(0, COLUMNS)
+            part_RD = load_tile(h_ptr, n_R, positions, d_D, D)
+            c_KD = load_tile(c_ptr, c_K, candidates, d_D, D)
+            logit_RK = tl.dot(part_RD, tl.trans(c_KD), logit_RK, input_precision=PRECISION)
+    else:
+        c_KD = load_tile(c_ptr, c_K, candidates, tl.arange(0, COLUMNS), D)
+        logit_RK = tl.dot(h_RD, tl.trans(c_KD), input_precision=PRECISION)
+    logit_RK = logit_RK * LOG2E + bias_K[None, :]
+    if HITS:
+        logit_RK = tl.where(target_R[:, None] == id_K[None, :], float("-inf"), logit_RK)
+    return logit_RK
+
+
+@triton.jit
+def finite(x):
+    """x, 0 for -inf: the base of exponentials that are all 0."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit(do_not_specialize=["positions", "candidates", "tiles"])
+def logsumexp_kernel(
+    h_ptr, c_ptr, bias_ptr, id_ptr, target_ptr, lse_ptr, positions, candidates, tiles,
+    D: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, K: tl.constexpr, HITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (r, g): the logsumexp of position tile r over `tiles` candidate tiles, [G, N]."""
+    n_R = tl.program_id(0) * R + tl.arange(0, R)
+    h_RD = load_tile(h_ptr, n_R, positions, tl.arange(0, COLUMNS), D)
+    target_R = tl.load(target_ptr + n_R, mask=n_R < positions, other=-1) if HITS else n_R
+    high_R = tl.full([R], float("-inf"), tl.float32)
+    sum_R = tl.zeros([R], tl.float32)
+    begin = tl.program_id(1) * tiles * K
+    for first in range(begin, tl.minimum(begin + tiles * K, candidates), K):
+        logit_RK = scaled_logits(
+            h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R,
+            first + tl.arange(0, K), candidates, D, COLUMNS, HITS, PRECISION,
+        )  # fmt: skip
+        higher_R = tl.maximum(high_R, tl.max(logit_RK, 1))
+        base_R = finite(higher_R)
+        sum_R = sum_R * tl.exp2(high_R - base_R) + tl.sum(tl.exp2(logit_RK - base_R[:, None]), 1)
+        high_R = higher_R
+    lse_R = (high_R + tl.log2(sum_R)) / LOG2E
+    row = tl.program_id(1).to(tl.int64) * positions
+    tl.store(lse_ptr + row + n_R, lse_R, mask=n_R < positions)
+
+
+@triton.jit(do_not_specialize=["positions", "candidates"])
+def target_kernel(
+    h_ptr, c_ptr, bias_ptr, place_ptr, logit_ptr, positions, candidates, D: tl.constexpr,
+    COLUMNS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The logit of each position's place, 0 where that is none of the candidates."""
+    n_R = tl.program_id(0) * R + tl.arange(0, R)
+    place_R = tl.load(place_ptr + n_R, mask=n_R < positions, other=-1)
+    here_R = (place_R >= 0) & (place_R < candidates)
+    place_R = tl.where(here_R, place_R, 0)
+    logit_R = tl.load(bias_ptr + place_R, mask=here_R, other=0.0)
+    for first in tl.static_range(0, D, COLUMNS):
+        d_D = first + tl.arange(0, COLUMNS)
+        h_RD = load_tile(h_ptr, n_R, positions, d_D, D).to(tl.float32)
+        c_RD = load_tile(c_ptr, place_R, candidates, d_D, D).to(tl.float32)
+        logit_R += tl.sum(h_RD * c_RD, 1)
+    tl.store(logit_ptr + n_R, tl.where(here_R, logit_R, 0.0), mask=n_R < positions)
+
+
+@triton.jit(do_not_specialize=["positions", "candidates", "tiles", "offset"])
+def weight_kernel(
+    h_ptr, c_ptr, bias_ptr, id_ptr, target_ptr, place_ptr, lse_ptr, dlse_ptr, dtarget_ptr,
+    weight_ptr, positions, candidates, tiles, offset, stride, D: tl.constexpr,
+    COLUMNS: tl.constexpr, R: tl.constexpr, K: tl.constexpr, HITS: tl.constexpr,
+    PLACE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """w of a chunk whose first candidate has place `offset`; rows of `stride`, a multiple of K."""
+    n_R = tl.program_id(0) * R + tl.arange(0, R)
+    inside_R = n_R < positions
+    h_RD = load_tile(h_ptr, n_R, positions, tl.arange(0, COLUMNS), D)
+    target_R = tl.load(target_ptr + n_R, mask=inside_R, other=-1) if HITS else n_R
+    lse_R = finite(tl.load(lse_ptr + n_R, mask=inside_R, other=0.0)) * LOG2E
+    dlse_R = tl.load(dlse_ptr + n_R, mask=inside_R, other=0.0)
+    if PLACE:
+        place_R = (tl.load(place_ptr + n_R, mask=inside_R, other=-1) - offset).to(tl.int32)
+        dtarget_R = tl.load(dtarget_ptr + n_R, mask=inside_R, other=0.0)
+    row_ptr_R = weight_ptr + n_R.to(tl.int64) * stride
+    begin = tl.program_id(1) * tiles * K
+    for first in range(begin, tl.minimum(begin + tiles * K, candidates), K):
+        c_K = first + tl.arange(0, K)
+        logit_RK = scaled_logits(
+            h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, c_K, candidates, D,
+            COLUMNS, HITS, PRECISION,
+        )  # fmt: skip
+        weight_RK = tl.exp2(logit_RK - lse_R[:, None]) * dlse_R[:, None]
+        if PLACE:
+            weight_RK += tl.where(place_R[:, None] == c_K[None, :], dtarget_R[:, None], 0.0)
+        pointers = row_ptr_R[:, None] + c_K[None, :]
+        tl.store(pointers, weight_RK.to(weight_ptr.dtype.element_ty), mask=inside_R[:, None])
+
+
+@functools.cache
+def runs_of(row_tiles: int, tiles: int) -> int:
+    """Into how many runs the candidate tiles are cut, so that all programs end soonest.
+
+    A program costs its tiles and about one more, for its positions and its end.
+    """
+
+    def duration(runs: int) -> int:
+        waves = triton.cdiv(row_tiles * runs, MULTIPROCESSORS)
+        return waves * (triton.cdiv(tiles, runs) + 1)
+
+    return min(range(1, min(tiles, MULTIPROCESSORS) + 1), key=duration)
+
+
+def _grid(N: int, C: int, launch: Launch) -> tuple[tuple[int, int], int]:
+    """The programs, and the candidate tiles of one. No run is empty."""
+    row_tiles, all_tiles = triton.cdiv(N, launch.rows), triton.cdiv(C, launch.candidates)
+    tiles = triton.cdiv(all_tiles, runs_of(row_tiles, all_tiles))
+    return (row_tiles, triton.cdiv(all_tiles, tiles)), tiles
+
+
+@torch.library.custom_op("ssd4rec::candidate_logsumexp", mutates_args=())
+def candidate_logsumexp_op(
+    h_ND: Tensor, c_CD: Tensor, bias_C: Tensor, candidates_C: Tensor | None,
+    targets_N: Tensor | None, place_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The logsumexp and the logit at `place_N`, fp32 [N] each."""
+    (N, D), C = h_ND.shape, c_CD.shape[0]
+    h_ND, c_CD, bias_C = h_ND.contiguous(), c_CD.contiguous(), bias_C.contiguous()
+    logit_N = h_ND.new_zeros(N, dtype=torch.float32)
+    if N == 0 or C == 0:
+        return torch.full_like(logit_N, -torch.inf), logit_N
+    launch = choose_launch(D, h_ND.dtype)
+    grid, tiles = _grid(N, C, launch)
+    lse_GN = logit_N.new_empty(grid[1], N)
+    logsumexp_kernel[grid](
+        h_ND, c_CD, bias_C, candidates_C, targets_N, lse_GN, N, C, tiles, D, launch.columns,
+        launch.rows, launch.candidates, candidates_C is not None, launch.precision,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    if place_N is not None:
+        target_kernel[(triton.cdiv(N, TARGET_ROWS),)](
+            h_ND, c_CD, bias_C, place_N, logit_N, N, C, D, launch.columns, TARGET_ROWS, num_warps=4
+        )
+    return lse_GN[0] if grid[1] == 1 else torch.logsumexp(lse_GN, dim=0), logit_N
+
+
+@candidate_logsumexp_op.register_fake
+def _(
+    h_ND: Tensor, c_CD: Tensor, bias_C: Tensor, candidates_C: Tensor | None,
+    targets_N: Tensor | None, place_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lse_N = h_ND.new_empty(h_ND.shape[0], dtype=torch.float32)
+    return lse_N, torch.empty_like(lse_N)
+
+
+def chunk_shape(N: int, C: int, itemsize: int, launch: Launch) -> tuple[int, int]:
+    """Positions and candidates of a chunk, whose weights take WEIGHT_BYTES or little more."""
+    candidates = _even(C, max(CHUNK_CANDIDATES, WEIGHT_BYTES // (itemsize * N)), launch.candidates)
+    positions = max(1, WEIGHT_BYTES // (itemsize * candidates))
+    return _even(N, positions, launch.rows), candidates
+
+
+def _even(total: int, limit: int, tile: int) -> int:
+    """The size of equal parts of about `limit` at most, a multiple of `tile`."""
+    part = triton.cdiv(total, triton.cdiv(total, limit))
+    return triton.cdiv(part, tile) * tile
+
+
+def _chunks(total: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
+
+
+@torch.library.custom_op("ssd4rec::candidate_logsumexp_backward", mutates_args=())
+def candidate_logsumexp_backward_op(
+    dlse_N: Tensor, dtarget_N: Tensor, h_ND: Tensor, c_CD: Tensor, bias_C: Tensor,
+    candidates_C: Tensor | None, targets_N: Tensor | None, place_N: Tensor | None, lse_N: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of h and c, in their dtype; sums over chunks are fp32."""
+    (N, D), C = h_ND.shape, c_CD.shape[0]
+    h_ND, c_CD, bias_C = h_ND.contiguous(), c_CD.contiguous(), bias_C.contiguous()
+    dlse_N, dtarget_N = dlse_N.contiguous(), dtarget_N.contiguous()
+    if N == 0 or C == 0:
+        return torch.zeros_like(h_ND), torch.zeros_like(c_CD)
+    launch = choose_launch(D, h_ND.dtype)
+    chunk_N, chunk_C = chunk_shape(N, C, h_ND.element_size(), launch)
+    dh_ND = _total(h_ND, parts=triton.cdiv(C, chunk_C))
+    dc_CD = torch.empty_like(c_CD)
+    for some in _chunks(C, chunk_C):
+        total_KD = _total(c_CD[some], parts=triton.cdiv(N, chunk_N))
+        for rows in _chunks(N, chunk_N):
+            weight_RK = _weights(
+                dlse_N[rows], dtarget_N[rows], h_ND[rows], c_CD[some], bias_C[some],
+                _part(candidates_C, some), _part(targets_N, rows), _part(place_N, rows),
+                lse_N[rows], some.start, launch,
+            )  # fmt: skip
+            _add_product(dh_ND[rows], weight_RK, c_CD[some])
+            _add_product(total_KD, weight_RK.T, h_ND[rows])
+        dc_CD[some] = total_KD
+    return dh_ND.to(h_ND.dtype), dc_CD
+
+
+def _weights(
+    dlse_R: Tensor, dtarget_R: Tensor, h_RD: Tensor, c_KD: Tensor, bias_K: Tensor,
+    candidates_K: Tensor | None, targets_R: Tensor | None, place_R: Tensor | None, lse_R: Tensor,
+    offset: int, launch: Launch,
+) -> Tensor:  # fmt: skip
+    """w of a chunk [R, K], a slice of wider rows: products want rows that start at 16 bytes."""
+    (R, D), K = h_RD.shape, c_KD.shape[0]
+    grid, tiles = _grid(R, K, launch)
+    stride = triton.cdiv(K, launch.candidates) * launch.candidates
+    weight_RK = h_RD.new_empty(R, stride)
+    weight_kernel[grid](
+        h_RD, c_KD, bias_K, candidates_K, targets_R, place_R, lse_R, dlse_R, dtarget_R, weight_RK,
+        R, K, tiles, offset, stride, D, launch.columns, launch.rows, launch.candidates,
+        candidates_K is not None, place_R is not None, launch.precision,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return weight_RK[:, :K]
+
+
+def _total(like: Tensor, parts: int) -> Tensor:
+    """Zeros to add `parts` products to: in fp32 if there are several."""
+    return torch.zeros_like(like, dtype=like.dtype if parts == 1 else torch.float32)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+@candidate_logsumexp_backward_op.register_fake
+def _(
+    dlse_N: Tensor, dtarget_N: Tensor, h_ND: Tensor, c_CD: Tensor, bias_C: Tensor,
+    candidates_C: Tensor | None, targets_N: Tensor | None, place_N: Tensor | None, lse_N: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return h_ND.new_empty(h_ND.shape), c_CD.new_empty(c_CD.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[0])
+
+
+def _backward(ctx, dlse_N, dtarget_N):
+    dh_ND, dc_CD = candidate_logsumexp_backward_op(dlse_N, dtarget_N, *ctx.saved_tensors)
+    return dh_ND, dc_CD, None, None, None, None
+
+
+candidate_logsumexp_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def candidate_logsumexp_triton(
+    h_ND: Tensor, c_CD: Tensor, bias_C: Tensor, candidates_C: Tensor | None = None,
+    targets_N: Tensor | None = None, place_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(log sum_c exp(h . c + bias_c), the logit at `place_N`), fp32 [N]; differentiable once.
+
+    Args:
+        h_ND, c_CD: one dtype, bf16 or fp32.
+        bias_C: fp32; -inf leaves a candidate out.
+        candidates_C, targets_N: int64 ids, both or neither: a candidate that is the position's own
+            target is left out of the sum.
+        place_N: int64, the target's place among the candidates; elsewhere, or not given, the
+            second answer is 0.
+
+    Raises:
+        ValueError: a shape or dtype that the kernels do not have.
+    """
+    if h_ND.dtype not in DTYPES or c_CD.dtype != h_ND.dtype or bias_C.dtype != torch.float32:
+        raise ValueError(
+            f"h and c must share one dtype of {DTYPES} and the bias be fp32, not "
+            f"{h_ND.dtype}, {c_CD.dtype}, {bias_C.dtype}"
+        )
+    if c_CD.shape[1] != h_ND.shape[1] or bias_C.shape != c_CD.shape[:1]:
+        raise ValueError(
+            f"h [N, D] needs c [C, D] and bias [C], not {tuple(h_ND.shape)}, "
+            f"{tuple(c_CD.shape)}, {tuple(bias_C.shape)}"
+        )
+    if (candidates_C is None) != (targets_N is None):
+        raise ValueError("hits need both the candidates' and the targets' ids")
+    wanted = ((candidates_C, bias_C), (targets_N, h_ND), (place_N, h_ND))
+    for ids, like in wanted:
+        if ids is not None and (ids.dtype != torch.int64 or ids.shape != like.shape[:1]):
+            raise ValueError(f"ids must be int64 [{like.shape[0]}], not {ids.dtype} {ids.shape}")
+    return candidate_logsumexp_op(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N)
