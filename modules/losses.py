@@ -171,11 +171,12 @@ class _CandidateLogSumExp(torch.autograd.Function):
         target_N = torch.zeros_like(lse_N)
         logits = None
         for rows in _chunks(h_ND.shape[0], chunk):
-            logits = _logits(h_ND[rows], c_CD, bias_C, candidates_C, targets_N, rows)
-            lse_N[rows] = torch.logsumexp(logits, dim=-1)
+            logits = _logits(h_ND[rows], c_CD, bias_C)
             if place_N is not None:
                 here, place = _within(place_N[rows], c_CD.shape[0])
                 target_N[rows] = logits.gather(1, place[:, None])[:, 0].where(here, 0.0)
+            _leave_out_hits(logits, candidates_C, targets_N, rows)
+            lse_N[rows] = torch.logsumexp(logits, dim=-1)
         kept = logits if h_ND.shape[0] <= chunk else None
         ctx.save_for_backward(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, lse_N, kept)
         ctx.chunk = chunk
@@ -192,7 +193,8 @@ class _CandidateLogSumExp(torch.autograd.Function):
         for rows in _chunks(h_ND.shape[0], ctx.chunk):
             logits = kept
             if logits is None:
-                logits = _logits(h_ND[rows], c_CD, bias_C, candidates_C, targets_N, rows)
+                logits = _logits(h_ND[rows], c_CD, bias_C)
+                _leave_out_hits(logits, candidates_C, targets_N, rows)
             weights = (logits - lse_N[rows, None]).exp_().mul_(gradient_N[rows, None])
             if place_N is not None:
                 here, place = _within(place_N[rows], c_CD.shape[0])
@@ -218,15 +220,12 @@ def _accumulator(h_ND: Tensor) -> torch.dtype:
     return torch.promote_types(h_ND.dtype, torch.float32)
 
 
-def _logits(
-    h_RD: Tensor,
-    c_CD: Tensor,
-    bias_C: Tensor,
-    candidates_C: Tensor | None,
-    targets_N: Tensor | None,
-    rows: slice,
-) -> Tensor:
-    logits_RC = (h_RD @ c_CD.T).to(_accumulator(h_RD)).add_(bias_C)
+def _logits(h_RD: Tensor, c_CD: Tensor, bias_C: Tensor) -> Tensor:
+    return (h_RD @ c_CD.T).to(_accumulator(h_RD)).add_(bias_C)
+
+
+def _leave_out_hits(
+    logits_RC: Tensor, candidates_C: Tensor | None, targets_N: Tensor | None, rows: slice
+) -> None:
     if candidates_C is not None and targets_N is not None:
         logits_RC.masked_fill_(candidates_C == targets_N[rows, None], -torch.inf)
-    return logits_RC

@@ -45,7 +45,7 @@ def problem(N, C, D, hits=False, places=False, device="cpu", dtype=torch.float32
     place = torch.randint(-3, C + 3, (N,), generator=g)
     at = place.clamp(0, max(C - 1, 0))
     if C:  # where the target's logit is finite
-        place = place.where(bias[at].isfinite() & (ids[at] != targets), -1)
+        place = place.where(bias[at].isfinite(), -1)
     dlse, dtarget = torch.randn(2, N, generator=g)
     dlse[3::4], dtarget[3::4] = 0.0, 0.0
     floats = [(h * 2 / D**0.5).to(device, dtype), c.to(device, dtype), bias.to(device)]
@@ -103,7 +103,7 @@ def errors_of_corners():
         "as it is": p,
         "no weights": replace(p, dlse_N=p.dlse_N * 0, dtarget_N=p.dtarget_N * 0),
         "no rivals": replace(p, bias_C=p.bias_C - torch.inf, place_N=zeros_N - 1),
-        "all hits": replace(p, candidates_C=zeros_C, targets_N=zeros_N, place_N=None),
+        "all hits": replace(p, candidates_C=zeros_C, targets_N=zeros_N),
         "exponentials beyond fp32": replace(p, h_ND=p.h_ND * 60),
         "one row many times": replace(p, c_CD=p.c_CD[:1].expand(13, 8)),
         "ids beyond 32 bits": replace(
