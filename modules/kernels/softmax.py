@@ -268,13 +268,14 @@ def candidate_logsumexp_backward_op(
         return torch.zeros_like(h_ND), torch.zeros_like(c_CD)
     launch = choose_launch(D, h_ND.dtype)
     chunk_N, chunk_C = chunk_shape(N, C, h_ND.element_size(), launch)
+    buffer_NC = h_ND.new_empty(min(N, chunk_N), chunk_C)
     dh_ND = _total(h_ND, parts=triton.cdiv(C, chunk_C))
     dc_CD = torch.empty_like(c_CD)
     for some in _chunks(C, chunk_C):
         total_KD = _total(c_CD[some], parts=triton.cdiv(N, chunk_N))
         for rows in _chunks(N, chunk_N):
             weight_RK = _weights(
-                dlse_N[rows], dtarget_N[rows], h_ND[rows], c_CD[some], bias_C[some],
+                buffer_NC, dlse_N[rows], dtarget_N[rows], h_ND[rows], c_CD[some], bias_C[some],
                 _part(candidates_C, some), _part(targets_N, rows), _part(place_N, rows),
                 lse_N[rows], some.start, launch,
             )  # fmt: skip
@@ -285,22 +286,21 @@ def candidate_logsumexp_backward_op(
 
 
 def _weights(
-    dlse_R: Tensor, dtarget_R: Tensor, h_RD: Tensor, c_KD: Tensor, bias_K: Tensor,
-    candidates_K: Tensor | None, targets_R: Tensor | None, place_R: Tensor | None, lse_R: Tensor,
-    offset: int, launch: Launch,
+    buffer_NC: Tensor, dlse_R: Tensor, dtarget_R: Tensor, h_RD: Tensor, c_KD: Tensor,
+    bias_K: Tensor, candidates_K: Tensor | None, targets_R: Tensor | None, place_R: Tensor | None,
+    lse_R: Tensor, offset: int, launch: Launch,
 ) -> Tensor:  # fmt: skip
-    """w of a chunk [R, K], a slice of wider rows: products want rows that start at 16 bytes."""
+    """w of a chunk [R, K], a corner of the buffer, whose rows are whole tiles: that fits the stores
+    of the last tile, and products want rows that start at 16 bytes."""
     (R, D), K = h_RD.shape, c_KD.shape[0]
     grid, tiles = _grid(R, K, launch)
-    stride = triton.cdiv(K, launch.candidates) * launch.candidates
-    weight_RK = h_RD.new_empty(R, stride)
     weight_kernel[grid](
-        h_RD, c_KD, bias_K, candidates_K, targets_R, place_R, lse_R, dlse_R, dtarget_R, weight_RK,
-        R, K, tiles, offset, stride, D, launch.columns, launch.rows, launch.candidates,
-        candidates_K is not None, place_R is not None, launch.precision,
+        h_RD, c_KD, bias_K, candidates_K, targets_R, place_R, lse_R, dlse_R, dtarget_R, buffer_NC,
+        R, K, tiles, offset, buffer_NC.stride(0), D, launch.columns, launch.rows,
+        launch.candidates, candidates_K is not None, place_R is not None, launch.precision,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    return weight_RK[:, :K]
+    return buffer_NC[:R, :K]
 
 
 def _total(like: Tensor, parts: int) -> Tensor:
@@ -372,4 +372,5 @@ def candidate_logsumexp_triton(
     for ids, like in wanted:
         if ids is not None and (ids.dtype != torch.int64 or ids.shape != like.shape[:1]):
             raise ValueError(f"ids must be int64 [{like.shape[0]}], not {ids.dtype} {ids.shape}")
-    return candidate_logsumexp_op(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N)
+    dense = [None if ids is None else ids.contiguous() for ids, _ in wanted]
+    return candidate_logsumexp_op(h_ND, c_CD, bias_C, *dense)

@@ -110,6 +110,14 @@ def errors_of_corners():
             p, candidates_C=p.candidates_C + 2**40, targets_N=p.targets_N + 2**40
         ),
         "ids that agree in 32 bits": replace(p, targets_N=p.targets_N + 2**32),
+        "strided": replace(
+            p,
+            h_ND=p.h_ND.T.contiguous().T,
+            candidates_C=p.candidates_C.repeat_interleave(2)[::2],
+            targets_N=p.targets_N.repeat_interleave(3)[::3],
+            place_N=p.place_N.repeat_interleave(2)[::2],
+            dlse_N=p.dlse_N[:1].expand(9),
+        ),
         "no positions": problem(0, 13, 8, places=True),
         "no candidates": problem(3, 0, 8),
     }
@@ -192,7 +200,7 @@ def results():
     return in_interpreter("report", module="test_softmax_kernels")
 
 
-@pytest.mark.parametrize(("kind", "cases"), [("shapes", 12), ("corners", 10), ("losses", 6)])
+@pytest.mark.parametrize(("kind", "cases"), [("shapes", 12), ("corners", 11), ("losses", 6)])
 def test_values_and_gradients(results, kind, cases):
     assert len(results[kind]) == cases
     for case, errors in results[kind].items():
