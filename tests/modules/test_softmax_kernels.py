@@ -1,6 +1,6 @@
 """The softmax kernels in Triton's interpreter, fp32, against PyTorch in float64.
 
-The cases run in one subprocess (`in_interpreter`). `problems` also serve the card
+The cases run in one subprocess (`in_interpreter`). `problem` and `errors_of` also serve the card
 (tests/gpu/test_softmax_kernels_gpu.py).
 """
 
@@ -110,6 +110,7 @@ def errors_of_corners():
             p, candidates_C=p.candidates_C + 2**40, targets_N=p.targets_N + 2**40
         ),
         "ids that agree in 32 bits": replace(p, targets_N=p.targets_N + 2**32),
+        "places beyond 32 bits": replace(p, place_N=p.place_N + 2**32),
         "strided": replace(
             p,
             h_ND=p.h_ND.T.contiguous().T,
@@ -200,7 +201,7 @@ def results():
     return in_interpreter("report", module="test_softmax_kernels")
 
 
-@pytest.mark.parametrize(("kind", "cases"), [("shapes", 12), ("corners", 11), ("losses", 6)])
+@pytest.mark.parametrize(("kind", "cases"), [("shapes", 12), ("corners", 12), ("losses", 6)])
 def test_values_and_gradients(results, kind, cases):
     assert len(results[kind]) == cases
     for case, errors in results[kind].items():
