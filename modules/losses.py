@@ -9,6 +9,7 @@ slice of the rows. Two numbers a position cross between ranks, the log of the sl
 exponentials and the target's logit; every row is looked up, and updated, by one rank alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,25 @@ from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules.collectives import all_gather, all_to_all, world_size
 
 LOGIT_BYTES = 256 * 1024 * 1024
+LogSumExp = Callable[..., tuple[Tensor, Tensor]]
+
+
+def candidate_logsumexp(
+    h_ND: Tensor,
+    c_CD: Tensor,
+    bias_C: Tensor,
+    candidates_C: Tensor | None = None,
+    targets_N: Tensor | None = None,
+    place_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(log sum_c exp(h . c + bias_c), the logit at `place_N`), fp32 [N] each.
+
+    With `candidates_C` and `targets_N` a candidate that is the position's own target is left out
+    of the sum. `place_N` is the target's place among the candidates; where it is none of 0 to
+    C - 1, or not given, the second answer is 0. Products are taken in the autocast dtype.
+    """
+    # On CUDA this becomes `logsumexp_fused` once that has been checked and timed on a card.
+    return logsumexp_reference(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N)
 
 
 class FullSoftmax(nn.Module):
@@ -28,9 +48,9 @@ class FullSoftmax(nn.Module):
     RESERVED_ROWS and the padding behind the table's end are no items.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, logsumexp: LogSumExp = candidate_logsumexp) -> None:
         super().__init__()
-        self.rank = rank
+        self.rank, self.logsumexp = rank, logsumexp
 
     def forward(
         self,
@@ -46,9 +66,10 @@ class FullSoftmax(nn.Module):
         bias_C = torch.zeros_like(candidates_C, dtype=torch.float32)
         bias_C = bias_C.masked_fill(candidates_C < RESERVED_ROWS, -torch.inf)
         place_N = targets_N - self.rank * candidates_C.numel()
-        here_N = (place_N >= 0) & (place_N < candidates_C.numel()) & (targets_N != PADDING_ROW)
-        lse_N, target_N = candidate_logsumexp(h_ND, c_CD, bias_C, place_N=place_N.where(here_N, -1))
-        lse_S = torch.logsumexp(all_to_all(lse_N).view(world_size(), -1), dim=0)
+        place_N = place_N.where(targets_N != PADDING_ROW, -1)
+        lse_N, target_N = self.logsumexp(h_ND, c_CD, bias_C, place_N=place_N)
+        lse_WS = all_to_all(lse_N).view(world_size(), -1)
+        lse_S = torch.logsumexp(lse_WS, dim=0) if len(lse_WS) > 1 else lse_WS[0]
         target_S = all_to_all(target_N).view(world_size(), -1).sum(0)
         return (lse_S - target_S).where(targets_S != PADDING_ROW, 0.0).sum()
 
@@ -62,9 +83,16 @@ class SampledSoftmax(nn.Module):
     Senecal 2008). `logq=False` leaves the correction out.
     """
 
-    def __init__(self, negatives: int, in_batch: bool, logq: bool) -> None:
+    def __init__(
+        self,
+        negatives: int,
+        in_batch: bool,
+        logq: bool,
+        logsumexp: LogSumExp = candidate_logsumexp,
+    ) -> None:
         super().__init__()
         self.negatives, self.in_batch, self.logq = negatives, in_batch, logq
+        self.logsumexp = logsumexp
 
     def forward(
         self,
@@ -88,11 +116,11 @@ class SampledSoftmax(nn.Module):
             )
         bias_C = -log_counts_C if self.logq else torch.zeros_like(log_counts_C)
         bias_C = bias_C.masked_fill(candidates_C < RESERVED_ROWS, -torch.inf)
-        lse_S, _ = candidate_logsumexp(h_SD, c_CD, bias_C, candidates_C, targets_S)
+        lse_S, _ = self.logsumexp(h_SD, c_CD, bias_C, candidates_C, targets_S)
         return F.softplus(lse_S - target_S).where(targets_S != PADDING_ROW, 0.0).sum()
 
 
-def candidate_logsumexp(
+def logsumexp_reference(
     h_ND: Tensor,
     c_CD: Tensor,
     bias_C: Tensor,
@@ -101,19 +129,37 @@ def candidate_logsumexp(
     place_N: Tensor | None = None,
     logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """(log sum_c exp(h . c + bias_c), the logit at `place_N`), fp32 [N] each.
+    """`candidate_logsumexp` in PyTorch, fp64 for fp64 inputs; at most `logit_bytes` of logits.
 
-    Never holds more than `logit_bytes` of logits. With `candidates_C` and `targets_N` a candidate
-    that is the position's own target is left out of the sum. `place_N` is the target's place among
-    the candidates; where it is -1, or not given, the second answer is 0. Products are taken in the
-    autocast dtype. Where all logits fit they are kept for the backward pass, otherwise each chunk
-    of positions is computed again there.
+    Where all logits fit they are kept for the backward pass, otherwise each chunk of positions is
+    computed again there.
     """
-    if torch.is_autocast_enabled(h_ND.device.type):
-        kind = torch.get_autocast_dtype(h_ND.device.type)
-        h_ND, c_CD = h_ND.to(kind), c_CD.to(kind)
+    h_ND, c_CD = _product_dtype(h_ND, c_CD)
     chunk = max(1, logit_bytes // (4 * max(1, c_CD.shape[0])))
     return _CandidateLogSumExp.apply(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, chunk)
+
+
+def logsumexp_fused(
+    h_ND: Tensor,
+    c_CD: Tensor,
+    bias_C: Tensor,
+    candidates_C: Tensor | None = None,
+    targets_N: Tensor | None = None,
+    place_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`candidate_logsumexp` on Triton, bf16 or fp32 products: no logits in memory."""
+    from modules.kernels.softmax import candidate_logsumexp_triton  # Triton comes with a GPU
+
+    h_ND, c_CD = _product_dtype(h_ND, c_CD)
+    return candidate_logsumexp_triton(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N)
+
+
+def _product_dtype(h_ND: Tensor, c_CD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the autocast dtype, if autocast is on."""
+    if not torch.is_autocast_enabled(h_ND.device.type):
+        return h_ND, c_CD
+    kind = torch.get_autocast_dtype(h_ND.device.type)
+    return h_ND.to(kind), c_CD.to(kind)
 
 
 class _CandidateLogSumExp(torch.autograd.Function):
@@ -125,11 +171,12 @@ class _CandidateLogSumExp(torch.autograd.Function):
         target_N = torch.zeros_like(lse_N)
         logits = None
         for rows in _chunks(h_ND.shape[0], chunk):
-            logits = _logits(h_ND[rows], c_CD, bias_C, candidates_C, targets_N, rows)
-            lse_N[rows] = torch.logsumexp(logits, dim=-1)
+            logits = _logits(h_ND[rows], c_CD, bias_C)
             if place_N is not None:
-                here, place = place_N[rows] >= 0, place_N[rows].clamp(min=0)
+                here, place = _within(place_N[rows], c_CD.shape[0])
                 target_N[rows] = logits.gather(1, place[:, None])[:, 0].where(here, 0.0)
+            _leave_out_hits(logits, candidates_C, targets_N, rows)
+            lse_N[rows] = torch.logsumexp(logits, dim=-1)
         kept = logits if h_ND.shape[0] <= chunk else None
         ctx.save_for_backward(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, lse_N, kept)
         ctx.chunk = chunk
@@ -146,16 +193,23 @@ class _CandidateLogSumExp(torch.autograd.Function):
         for rows in _chunks(h_ND.shape[0], ctx.chunk):
             logits = kept
             if logits is None:
-                logits = _logits(h_ND[rows], c_CD, bias_C, candidates_C, targets_N, rows)
+                logits = _logits(h_ND[rows], c_CD, bias_C)
+                _leave_out_hits(logits, candidates_C, targets_N, rows)
             weights = (logits - lse_N[rows, None]).exp_().mul_(gradient_N[rows, None])
             if place_N is not None:
-                here, place = place_N[rows] >= 0, place_N[rows].clamp(min=0)
+                here, place = _within(place_N[rows], c_CD.shape[0])
                 at_target = target_gradient_N[rows].where(here, 0.0)
                 weights.scatter_add_(1, place[:, None], at_target[:, None])
             weights = weights.to(h_ND.dtype)
             dh_ND[rows] = weights @ c_CD
             dc_CD.add_((weights.T @ h_ND[rows]).to(dc_CD.dtype))
         return dh_ND, dc_CD.to(c_CD.dtype), None, None, None, None, None
+
+
+def _within(place_R: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """Whether a place is one of the candidates', and the place, 0 where it is not."""
+    here_R = (place_R >= 0) & (place_R < candidates)
+    return here_R, place_R.where(here_R, 0)
 
 
 def _chunks(total: int, chunk: int) -> list[slice]:
@@ -166,15 +220,12 @@ def _accumulator(h_ND: Tensor) -> torch.dtype:
     return torch.promote_types(h_ND.dtype, torch.float32)
 
 
-def _logits(
-    h_RD: Tensor,
-    c_CD: Tensor,
-    bias_C: Tensor,
-    candidates_C: Tensor | None,
-    targets_N: Tensor | None,
-    rows: slice,
-) -> Tensor:
-    logits_RC = (h_RD @ c_CD.T).to(_accumulator(h_RD)).add_(bias_C)
+def _logits(h_RD: Tensor, c_CD: Tensor, bias_C: Tensor) -> Tensor:
+    return (h_RD @ c_CD.T).to(_accumulator(h_RD)).add_(bias_C)
+
+
+def _leave_out_hits(
+    logits_RC: Tensor, candidates_C: Tensor | None, targets_N: Tensor | None, rows: slice
+) -> None:
     if candidates_C is not None and targets_N is not None:
         logits_RC.masked_fill_(candidates_C == targets_N[rows, None], -torch.inf)
-    return logits_RC

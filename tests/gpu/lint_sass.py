@@ -1,4 +1,4 @@
-"""Find miscompiled warp-group products in the SSD kernels' machine code, without a GPU.
+"""Find miscompiled warp-group products in our kernels' machine code, without a GPU.
 
 The ptxas 12.8 of Triton 3.6 sometimes loses a copy of a uniform register, so that an operand
 descriptor of a `wgmma` is built from a register that holds something else: illegal shared
@@ -6,9 +6,12 @@ addresses or wrong results, for some numbers of heads and not for others. Two tr
 the SASS: both halves of a 64-bit sum read the same register, or a uniform register is read that
 nothing writes. On an H100 exactly the kernels with such a trace failed, and no other.
 
-    python tests/gpu/lint_sass.py [P,N,H ...]      compiles for sm_90, prints what it finds
+    python tests/gpu/lint_sass.py [P,N,H | D ...]      compiles for sm_90, prints what it finds
+
+P,N,H: the SSD kernels; D: the softmax kernels at that width.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -77,10 +80,8 @@ def findings(sass):
     return found + [line for register, line in read.items() if register not in written]
 
 
-def lint(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
-    """Compile forward and backward for one shape; {kernel name: suspicious lines}."""
-    from modules.kernels import ssd
-
+def lint(call):
+    """Compile the kernels that `call` launches; {kernel name: suspicious lines}."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/nvdisasm")
     result = {}
     launch = JITFunction.run
@@ -94,20 +95,42 @@ def lint(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
             sass = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
         result.setdefault(self.__name__, []).extend(findings(sass))
 
+    with mock.patch.object(JITFunction, "run", compile_only):
+        driver.set_active(NoDevice())
+        call()
+    return result
+
+
+def launch_ssd(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
+    """Forward and backward."""
+    from modules.kernels import ssd
+
     x = torch.empty(tokens, H, P, dtype=dtype)
     B = torch.empty(tokens, N, dtype=dtype)
     dt, A = torch.empty(tokens, H), torch.empty(H)
     offsets = torch.zeros(sequences + 1, dtype=torch.int64)
-    with mock.patch.object(JITFunction, "run", compile_only):
-        driver.set_active(NoDevice())
-        ssd.ssd_op._init_fn(x, dt, A, B, B, A, offsets, False)
-        ssd.ssd_backward_op._init_fn(x, None, x, dt, A, B, B, A, offsets)
-    return result
+    ssd.ssd_op._init_fn(x, dt, A, B, B, A, offsets, False)
+    ssd.ssd_backward_op._init_fn(x, None, x, dt, A, B, B, A, offsets)
+
+
+def launch_softmax(D, positions=2400, candidates=3001):
+    """Forward and backward of both dtypes, with and without hits and places."""
+    from modules.kernels import softmax
+
+    value_N, bias_C = torch.empty(positions), torch.empty(candidates)
+    ids_N, ids_C = (torch.zeros(n, dtype=torch.int64) for n in (positions, candidates))
+    for dtype in softmax.DTYPES:
+        h, c = (torch.empty(n, D, dtype=dtype) for n in (positions, candidates))
+        for optional in [(None, None, None), (None, None, ids_N), (ids_C, ids_N, None)]:
+            inputs = (h, c, bias_C, *optional)
+            softmax.candidate_logsumexp_op._init_fn(*inputs)
+            softmax.candidate_logsumexp_backward_op._init_fn(value_N, value_N, *inputs, value_N)
 
 
 if __name__ == "__main__":
-    shapes = sys.argv[1:] or ["64,64,8", "16,64,32"]
-    for shape in shapes:
-        result = lint(*map(int, shape.split(",")))
+    for shape in sys.argv[1:] or ["64,64,8", "16,64,32", "256"]:
+        numbers = [int(number) for number in shape.split(",")]
+        launches = launch_softmax if len(numbers) == 1 else launch_ssd
+        result = lint(functools.partial(launches, *numbers))
         suspicious = {name: lines[:2] for name, lines in result.items() if lines}
         print(shape, len(result), "kernels", suspicious or "clean", flush=True)

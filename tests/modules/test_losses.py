@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.schema import PADDING_ROW, RESERVED_ROWS
-from modules.losses import FullSoftmax, SampledSoftmax, candidate_logsumexp
+from modules.losses import FullSoftmax, SampledSoftmax, logsumexp_reference
 
 WIDTH = 8
 
@@ -82,7 +82,7 @@ def test_sampled_softmax_without_a_rival_costs_nothing():
 def test_chunks_change_nothing(logit_bytes):
     h, c, targets = problem()
     ids, bias = torch.arange(40), torch.randn(40, dtype=torch.float64)
-    ours, _ = candidate_logsumexp(h, c, bias, ids, targets, logit_bytes=logit_bytes)
+    ours, _ = logsumexp_reference(h, c, bias, ids, targets, logit_bytes=logit_bytes)
     logits = (h @ c.T + bias).masked_fill(ids == targets[:, None], -torch.inf)
     weights = torch.randn(20, dtype=torch.float64)
     assert_same((ours * weights).sum(), (torch.logsumexp(logits, 1) * weights).sum(), (h, c))
@@ -93,7 +93,7 @@ def test_gradients_by_finite_differences():
     bias = torch.randn(12, dtype=torch.float64)
     places = torch.tensor([4, -1, 0])
     torch.autograd.gradcheck(
-        lambda h, c: candidate_logsumexp(
+        lambda h, c: logsumexp_reference(
             h, c, bias, torch.arange(12), targets, places, logit_bytes=100
         ),
         (h, c),

@@ -13,12 +13,19 @@ from torch import Tensor
 
 from data.negatives import SampledCandidates
 from data.schema import RESERVED_ROWS
-from modules.losses import FullSoftmax, SampledSoftmax
+from modules.losses import (
+    FullSoftmax,
+    LogSumExp,
+    SampledSoftmax,
+    logsumexp_fused,
+    logsumexp_reference,
+)
 from tools.benchmarks.bench import Bench, UnavailableError
 from tools.benchmarks.measure import Floor
 
 CATALOGUES = (3_417, 100_000, 1_000_000)
 DRAWS = (1_024, 16_384)
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 def run(bench: Bench) -> None:
@@ -36,26 +43,28 @@ def run(bench: Bench) -> None:
 
 def full(bench: Bench, tokens: int, items: int) -> None:
     """Ours and its peers at one catalogue size, candidates being all rows of the table."""
-    rows, width = RESERVED_ROWS + items, bench.config.model.width
-    losses: dict[str, Callable[..., Tensor]] = {
-        "ours": FullSoftmax(rank=0),
+    rows, name = RESERVED_ROWS + items, f"full, {items:,} items"
+    work = floor(tokens, rows, bench.config.model.width, bench.precision)
+    for kind, logsumexp in ours(bench).items():
+        with bench.case(f"{name}, {kind}"):
+            loss = FullSoftmax(0, logsumexp)
+            _record(bench, name, loss, _full_inputs(bench, tokens, rows), work, kind=kind)
+    peers: dict[str, Callable[..., Tensor]] = {
         "plain logits": _plain,
         "torch linear_cross_entropy": _torch_fused,
         "liger-kernel": _liger,
     }
-    for by, loss in losses.items():
-        name = f"full, {items:,} items"
-        with bench.case(f"{name} [{by}]", peer=by != "ours"):
+    for by, peer in peers.items():
+        with bench.case(f"{name} [{by}]", peer=True):
             if by == "plain logits":
                 _refuse_unless_it_fits(bench, tokens, rows)
-            generator = torch.Generator(bench.device).manual_seed(1)
-            h_SD, c_CD = _leaves(bench, generator, tokens, rows)
-            targets_S = torch.randint(
-                RESERVED_ROWS, rows, (tokens,), generator=generator, device=bench.device
-            )
-            candidates_C = torch.arange(rows, device=bench.device)
-            inputs = (h_SD, targets_S, c_CD, candidates_C, None)
-            _record(bench, name, by, loss, inputs, floor(tokens, rows, width, bench.precision))
+            _record(bench, name, peer, _full_inputs(bench, tokens, rows), work, by=by)
+
+
+def ours(bench: Bench) -> dict[str, LogSumExp]:
+    """What sums the exponentials: the kernels need a GPU."""
+    reference: dict[str, LogSumExp] = {"PyTorch": logsumexp_reference}
+    return reference | ({"Triton": logsumexp_fused} if bench.on_gpu else {})
 
 
 def sampled(bench: Bench, tokens: int, items: int, draws: int, in_batch: bool) -> None:
@@ -72,10 +81,11 @@ def sampled(bench: Bench, tokens: int, items: int, draws: int, in_batch: bool) -
         torch.from_numpy(one).to(bench.device) for one in (candidates_C, log_counts_C, targets_S)
     )
     rivals = draws + in_batch * tokens
-    name = f"sampled, {draws:,} draws" + (" + in batch" if in_batch else "")
-    loss = SampledSoftmax(draws, in_batch, logq=True)
+    name = f"sampled, {draws:,}" + (" + batch" if in_batch else " draws")
     work = floor(tokens, rivals, bench.config.model.width, bench.precision)
-    _record(bench, name, "ours", loss, (h_SD, targets, c_CD, ids, counts_C), work)
+    for kind, logsumexp in ours(bench).items():
+        loss = SampledSoftmax(draws, in_batch, logq=True, logsumexp=logsumexp)
+        _record(bench, name, loss, (h_SD, targets, c_CD, ids, counts_C), work, kind=kind)
 
 
 def floor(tokens: int, candidates: int, width: int, precision: str) -> Floor:
@@ -87,11 +97,17 @@ def floor(tokens: int, candidates: int, width: int, precision: str) -> Floor:
 def _record(
     bench: Bench,
     name: str,
-    by: str,
     loss: Callable[..., Tensor],
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    inputs: Inputs,
     work: Floor,
+    *,
+    by: str = "ours",
+    kind: str = "",
 ) -> None:
+    """Launched kernel by kernel; ours on a GPU also as the trainer runs it, from a CUDA graph.
+
+    kind: which of ours.
+    """
     h_SD, _, c_CD, *_ = inputs
 
     def step() -> None:
@@ -99,15 +115,21 @@ def _record(
             total = loss(*inputs)
         torch.autograd.grad(total, (h_SD, c_CD))
 
-    gradients = 4 * (h_SD.numel() + c_CD.numel())
-    bench.record(
-        f"{name}: fwd+bwd",
-        step,
-        by=by,
-        work=h_SD.shape[0],
-        floor=work,
-        gradient_bytes=gradients,
+    tokens, gradients = h_SD.shape[0], 4 * (h_SD.numel() + c_CD.numel())
+    label = f"{name}: fwd+bwd" + (f", {kind}" if kind else "")
+    bench.record(label, step, by=by, work=tokens, floor=work, gradient_bytes=gradients)
+    if kind and bench.on_gpu:
+        replay = bench.graphed(step, wanted=True)
+        bench.record(f"{label} graph", replay, work=tokens, floor=work, gradient_bytes=None)
+
+
+def _full_inputs(bench: Bench, tokens: int, rows: int) -> Inputs:
+    generator = torch.Generator(bench.device).manual_seed(1)
+    h_SD, c_CD = _leaves(bench, generator, tokens, rows)
+    targets_S = torch.randint(
+        RESERVED_ROWS, rows, (tokens,), generator=generator, device=bench.device
     )
+    return h_SD, targets_S, c_CD, torch.arange(rows, device=bench.device), None
 
 
 def _leaves(

@@ -1,0 +1,254 @@
+"""log sum_c exp(h_n . c_c + bias_c) without its logits in memory, and its gradients, on Triton.
+
+The forward is one product (`softmax_walk`). The backward makes the logits of a chunk anew, a second
+product, turns them into the weights
+
+  `w_nc = exp(logit_nc - lse_n) dlse_n + [c = place_n] dtarget_n`
+
+and writes those, rounded to the dtype of h; `dh = w c` and `dc = w^T h` are cuBLAS's. That is four
+products for a floor of three. Keeping the forward's exponentials where they fit would save none:
+scaling them to the final sum reads and writes what making them anew only writes. Walking twice, for
+dh and for dc, would need no chunk but five products, the chained ones at a lower rate.
+
+A rival whose id is the position's own target (an accidental hit) is left out where ids are given.
+Nothing reads a value on the host and no atomics are used: a CUDA graph can hold it all, and the
+kernels give the same bits every time.
+
+Shape suffixes: N positions, C candidates, D width; R positions and K candidates of a chunk, G runs
+of candidate tiles.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from modules.kernels.softmax_walk import logsumexp_kernel, target_kernel, weight_kernel
+
+DTYPES = (torch.bfloat16, torch.float32)
+MULTIPROCESSORS = 132  # of an H100
+WEIGHT_BYTES = 512 * 2**20  # of one chunk's weights
+CHUNK_CANDIDATES = 16_384  # at least, where there are as many: dc's product has to fill the card
+TARGET_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Positions, candidates and columns of a tile; how a program runs."""
+
+    rows: int
+    candidates: int
+    columns: int
+    warps: int
+    stages: int
+    precision: str
+
+
+def choose_launch(D: int, dtype: torch.dtype) -> Launch:
+    """Tiles that leave shared memory for two candidate tiles beside the positions' at D 256.
+
+    32 rows of fp32 keep clear of warp-group products, which Triton 3.6 miscompiles there
+    (`tests/gpu/lint_sass.py`).
+    """
+    if dtype == torch.float32:
+        return Launch(32, 64, 32, warps=4, stages=3, precision="tf32x3")
+    if D > 256:
+        return Launch(128, 128, 64, warps=8, stages=3, precision="ieee")
+    columns = max(triton.next_power_of_2(D), 16)
+    return Launch(128, 128, columns, warps=8, stages=2, precision="ieee")
+
+
+@functools.cache
+def runs_of(row_tiles: int, tiles: int) -> int:
+    """Into how many runs the candidate tiles are cut, so that all programs end soonest.
+
+    A program costs its tiles and about one more, for its positions and its end.
+    """
+
+    def duration(runs: int) -> int:
+        waves = triton.cdiv(row_tiles * runs, MULTIPROCESSORS)
+        return waves * (triton.cdiv(tiles, runs) + 1)
+
+    return min(range(1, min(tiles, MULTIPROCESSORS) + 1), key=duration)
+
+
+def _grid(N: int, C: int, launch: Launch) -> tuple[tuple[int, int], int]:
+    """The programs, and the candidate tiles of one. No run is empty."""
+    row_tiles, all_tiles = triton.cdiv(N, launch.rows), triton.cdiv(C, launch.candidates)
+    tiles = triton.cdiv(all_tiles, runs_of(row_tiles, all_tiles))
+    return (row_tiles, triton.cdiv(all_tiles, tiles)), tiles
+
+
+@torch.library.custom_op("ssd4rec::candidate_logsumexp", mutates_args=())
+def candidate_logsumexp_op(
+    h_ND: Tensor, c_CD: Tensor, bias_C: Tensor, candidates_C: Tensor | None,
+    targets_N: Tensor | None, place_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The logsumexp and the logit at `place_N`, fp32 [N] each."""
+    (N, D), C = h_ND.shape, c_CD.shape[0]
+    h_ND, c_CD, bias_C = h_ND.contiguous(), c_CD.contiguous(), bias_C.contiguous()
+    logit_N = h_ND.new_zeros(N, dtype=torch.float32)
+    if N == 0 or C == 0:
+        return torch.full_like(logit_N, -torch.inf), logit_N
+    launch = choose_launch(D, h_ND.dtype)
+    grid, tiles = _grid(N, C, launch)
+    lse_GN = logit_N.new_empty(grid[1], N)
+    logsumexp_kernel[grid](
+        h_ND, c_CD, bias_C, candidates_C, targets_N, lse_GN, N, C, tiles, D, launch.columns,
+        launch.rows, launch.candidates, candidates_C is not None, launch.precision,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    if place_N is not None:
+        target_kernel[(triton.cdiv(N, TARGET_ROWS),)](
+            h_ND, c_CD, bias_C, place_N, logit_N, N, C, D, launch.columns, TARGET_ROWS, num_warps=4
+        )
+    return lse_GN[0] if grid[1] == 1 else torch.logsumexp(lse_GN, dim=0), logit_N
+
+
+@candidate_logsumexp_op.register_fake
+def _(
+    h_ND: Tensor, c_CD: Tensor, bias_C: Tensor, candidates_C: Tensor | None,
+    targets_N: Tensor | None, place_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lse_N = h_ND.new_empty(h_ND.shape[0], dtype=torch.float32)
+    return lse_N, torch.empty_like(lse_N)
+
+
+def chunk_shape(N: int, C: int, itemsize: int, launch: Launch) -> tuple[int, int]:
+    """Positions and candidates of a chunk, whose weights take WEIGHT_BYTES or little more."""
+    candidates = _even(C, max(CHUNK_CANDIDATES, WEIGHT_BYTES // (itemsize * N)), launch.candidates)
+    positions = max(1, WEIGHT_BYTES // (itemsize * candidates))
+    return _even(N, positions, launch.rows), candidates
+
+
+def _even(total: int, limit: int, tile: int) -> int:
+    """The size of equal parts of about `limit` at most, a multiple of `tile`."""
+    part = triton.cdiv(total, triton.cdiv(total, limit))
+    return triton.cdiv(part, tile) * tile
+
+
+def _chunks(total: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)]
+
+
+@torch.library.custom_op("ssd4rec::candidate_logsumexp_backward", mutates_args=())
+def candidate_logsumexp_backward_op(
+    dlse_N: Tensor, dtarget_N: Tensor, h_ND: Tensor, c_CD: Tensor, bias_C: Tensor,
+    candidates_C: Tensor | None, targets_N: Tensor | None, place_N: Tensor | None, lse_N: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of h and c, in their dtype; sums over chunks are fp32."""
+    (N, D), C = h_ND.shape, c_CD.shape[0]
+    h_ND, c_CD, bias_C = h_ND.contiguous(), c_CD.contiguous(), bias_C.contiguous()
+    dlse_N, dtarget_N = dlse_N.contiguous(), dtarget_N.contiguous()
+    if N == 0 or C == 0:
+        return torch.zeros_like(h_ND), torch.zeros_like(c_CD)
+    launch = choose_launch(D, h_ND.dtype)
+    chunk_N, chunk_C = chunk_shape(N, C, h_ND.element_size(), launch)
+    buffer_NC = h_ND.new_empty(min(N, chunk_N), chunk_C)
+    dh_ND = _total(h_ND, parts=triton.cdiv(C, chunk_C))
+    dc_CD = torch.empty_like(c_CD)
+    for some in _chunks(C, chunk_C):
+        total_KD = _total(c_CD[some], parts=triton.cdiv(N, chunk_N))
+        for rows in _chunks(N, chunk_N):
+            weight_RK = _weights(
+                buffer_NC, dlse_N[rows], dtarget_N[rows], h_ND[rows], c_CD[some], bias_C[some],
+                _part(candidates_C, some), _part(targets_N, rows), _part(place_N, rows),
+                lse_N[rows], some.start, launch,
+            )  # fmt: skip
+            _add_product(dh_ND[rows], weight_RK, c_CD[some])
+            _add_product(total_KD, weight_RK.T, h_ND[rows])
+        dc_CD[some] = total_KD
+    return dh_ND.to(h_ND.dtype), dc_CD
+
+
+def _weights(
+    buffer_NC: Tensor, dlse_R: Tensor, dtarget_R: Tensor, h_RD: Tensor, c_KD: Tensor,
+    bias_K: Tensor, candidates_K: Tensor | None, targets_R: Tensor | None, place_R: Tensor | None,
+    lse_R: Tensor, offset: int, launch: Launch,
+) -> Tensor:  # fmt: skip
+    """w of a chunk [R, K], a corner of the buffer, whose rows are whole tiles: that fits the stores
+    of the last tile, and products want rows that start at 16 bytes."""
+    (R, D), K = h_RD.shape, c_KD.shape[0]
+    grid, tiles = _grid(R, K, launch)
+    weight_kernel[grid](
+        h_RD, c_KD, bias_K, candidates_K, targets_R, place_R, lse_R, dlse_R, dtarget_R, buffer_NC,
+        R, K, tiles, offset, buffer_NC.stride(0), D, launch.columns, launch.rows,
+        launch.candidates, candidates_K is not None, place_R is not None, launch.precision,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return buffer_NC[:R, :K]
+
+
+def _total(like: Tensor, parts: int) -> Tensor:
+    """Zeros to add `parts` products to: in fp32 if there are several."""
+    return torch.zeros_like(like, dtype=like.dtype if parts == 1 else torch.float32)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+@candidate_logsumexp_backward_op.register_fake
+def _(
+    dlse_N: Tensor, dtarget_N: Tensor, h_ND: Tensor, c_CD: Tensor, bias_C: Tensor,
+    candidates_C: Tensor | None, targets_N: Tensor | None, place_N: Tensor | None, lse_N: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return h_ND.new_empty(h_ND.shape), c_CD.new_empty(c_CD.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[0])
+
+
+def _backward(ctx, dlse_N, dtarget_N):
+    dh_ND, dc_CD = candidate_logsumexp_backward_op(dlse_N, dtarget_N, *ctx.saved_tensors)
+    return dh_ND, dc_CD, None, None, None, None
+
+
+candidate_logsumexp_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def candidate_logsumexp_triton(
+    h_ND: Tensor, c_CD: Tensor, bias_C: Tensor, candidates_C: Tensor | None = None,
+    targets_N: Tensor | None = None, place_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(log sum_c exp(h . c + bias_c), the logit at `place_N`), fp32 [N]; differentiable once.
+
+    Args:
+        h_ND, c_CD: one dtype, bf16 or fp32.
+        bias_C: fp32; -inf leaves a candidate out.
+        candidates_C, targets_N: int64 ids, both or neither: a candidate that is the position's own
+            target is left out of the sum.
+        place_N: int64, the target's place among the candidates; elsewhere, or not given, the
+            second answer is 0.
+
+    Raises:
+        ValueError: a shape or dtype that the kernels do not have.
+    """
+    if h_ND.dtype not in DTYPES or c_CD.dtype != h_ND.dtype or bias_C.dtype != torch.float32:
+        raise ValueError(
+            f"h and c must share one dtype of {DTYPES} and the bias be fp32, not "
+            f"{h_ND.dtype}, {c_CD.dtype}, {bias_C.dtype}"
+        )
+    if c_CD.shape[1] != h_ND.shape[1] or bias_C.shape != c_CD.shape[:1]:
+        raise ValueError(
+            f"h [N, D] needs c [C, D] and bias [C], not {tuple(h_ND.shape)}, "
+            f"{tuple(c_CD.shape)}, {tuple(bias_C.shape)}"
+        )
+    if (candidates_C is None) != (targets_N is None):
+        raise ValueError("hits need both the candidates' and the targets' ids")
+    wanted = ((candidates_C, bias_C), (targets_N, h_ND), (place_N, h_ND))
+    for ids, like in wanted:
+        if ids is not None and (ids.dtype != torch.int64 or ids.shape != like.shape[:1]):
+            raise ValueError(f"ids must be int64 [{like.shape[0]}], not {ids.dtype} {ids.shape}")
+    dense = [None if ids is None else ids.contiguous() for ids, _ in wanted]
+    return candidate_logsumexp_op(h_ND, c_CD, bias_C, *dense)

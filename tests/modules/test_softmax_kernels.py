@@ -1,0 +1,244 @@
+"""The softmax kernels in Triton's interpreter, fp32, against PyTorch in float64.
+
+The cases run in one subprocess (`in_interpreter`). `problem` and `errors_of` also serve the card
+(tests/gpu/test_softmax_kernels_gpu.py).
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from data.schema import PADDING_ROW, RESERVED_ROWS
+from modules.losses import (
+    FullSoftmax,
+    SampledSoftmax,
+    logsumexp_fused,
+    logsumexp_reference,
+)
+from tests.modules.test_ssd_kernels import in_interpreter, relative
+
+LIMIT = 2e-6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of `candidate_logsumexp` and the gradients of its two answers."""
+
+    h_ND: torch.Tensor
+    c_CD: torch.Tensor
+    bias_C: torch.Tensor
+    candidates_C: torch.Tensor | None
+    targets_N: torch.Tensor | None
+    place_N: torch.Tensor | None
+    dlse_N: torch.Tensor
+    dtarget_N: torch.Tensor
+
+
+def problem(N, C, D, hits=False, places=False, device="cpu", dtype=torch.float32):
+    """Random ids with repeats, so that targets hit; every fourth position has no weight."""
+    g = torch.Generator().manual_seed(N + C + D)
+    h, c, bias = (torch.randn(*shape, generator=g) for shape in ((N, D), (C, D), (C,)))
+    bias[2::5] = -torch.inf
+    ids, targets = (torch.randint(0, max(2, C // 2), (n,), generator=g) for n in (C, N))
+    place = torch.randint(-3, C + 3, (N,), generator=g)
+    at = place.clamp(0, max(C - 1, 0))
+    if C:  # where the target's logit is finite
+        place = place.where(bias[at].isfinite(), -1)
+    dlse, dtarget = torch.randn(2, N, generator=g)
+    dlse[3::4], dtarget[3::4] = 0.0, 0.0
+    floats = [(h * 2 / D**0.5).to(device, dtype), c.to(device, dtype), bias.to(device)]
+    ids, targets, place = (t.to(device) for t in (ids, targets, place))
+    gradients = dlse.to(device), dtarget.to(device)
+    some = (ids, targets) if hits else (None, None)
+    return Problem(*floats, *some, place if places else None, *gradients)
+
+
+def answers(logsumexp, p, exact=False):
+    """Both answers and both gradients."""
+    kind = torch.float64 if exact else p.h_ND.dtype
+    h_ND, c_CD = (t.detach().to(kind).requires_grad_() for t in (p.h_ND, p.c_CD))
+    bias_C = p.bias_C.double() if exact else p.bias_C
+    outputs = logsumexp(h_ND, c_CD, bias_C, p.candidates_C, p.targets_N, p.place_N)
+    wanted = [p.dlse_N.to(outputs[0].dtype), p.dtarget_N.to(outputs[1].dtype)]
+    return [*outputs, *torch.autograd.grad(outputs, (h_ND, c_CD), wanted)]
+
+
+def errors_of(p):
+    """Relative errors by name; both must be -inf at the same positions."""
+    got, want = answers(logsumexp_fused, p), answers(logsumexp_reference, p, exact=True)
+    assert torch.equal(got[0].isinf(), want[0].isinf())
+    got[0], want[0] = (lse.nan_to_num(neginf=0.0) for lse in (got[0], want[0]))
+    return {
+        name: relative(a, b)
+        for name, a, b in zip(["lse", "target", "dh", "dc"], got, want, strict=True)
+    }
+
+
+def small_tiles(columns):
+    """Many tiles, runs and chunks at sizes that the interpreter can do."""
+    from modules.kernels import softmax
+
+    softmax.choose_launch = lambda *_: softmax.Launch(16, 16, columns, 1, 1, "tf32x3")
+    softmax.CHUNK_CANDIDATES, softmax.WEIGHT_BYTES = 32, 4 * 32 * 32
+    softmax.MULTIPROCESSORS = 5
+    softmax.runs_of.cache_clear()
+
+
+def errors_of_shapes():
+    """Of every shape with hits and places, and of two that are cut everywhere without either."""
+    shapes = [(1, 1, 16), (1, 90, 4), (33, 1, 8), (16, 32, 16), (40, 45, 12), (35, 70, 40)]
+    both = [(shape, True, True) for shape in shapes]
+    either = itertools.product(shapes[-2:], [False, True], [False, True])
+    small_tiles(16)
+    return {str(case): errors_of(problem(*case[0], *case[1:])) for case in {*both, *either}}
+
+
+def errors_of_corners():
+    """With tiles as on the card."""
+    p = problem(9, 13, 8, hits=True, places=True)
+    zeros_N, zeros_C = torch.zeros_like(p.targets_N), torch.zeros_like(p.candidates_C)
+    problems = {
+        "as it is": p,
+        "no weights": replace(p, dlse_N=p.dlse_N * 0, dtarget_N=p.dtarget_N * 0),
+        "no rivals": replace(p, bias_C=p.bias_C - torch.inf, place_N=zeros_N - 1),
+        "all hits": replace(p, candidates_C=zeros_C, targets_N=zeros_N),
+        "exponentials beyond fp32": replace(p, h_ND=p.h_ND * 60),
+        "one row many times": replace(p, c_CD=p.c_CD[:1].expand(13, 8)),
+        "ids beyond 32 bits": replace(
+            p, candidates_C=p.candidates_C + 2**40, targets_N=p.targets_N + 2**40
+        ),
+        "ids that agree in 32 bits": replace(p, targets_N=p.targets_N + 2**32),
+        "places beyond 32 bits": replace(p, place_N=p.place_N + 2**32),
+        "strided": replace(
+            p,
+            h_ND=p.h_ND.T.contiguous().T,
+            candidates_C=p.candidates_C.repeat_interleave(2)[::2],
+            targets_N=p.targets_N.repeat_interleave(3)[::3],
+            place_N=p.place_N.repeat_interleave(2)[::2],
+            dlse_N=p.dlse_N[:1].expand(9),
+        ),
+        "no positions": problem(0, 13, 8, places=True),
+        "no candidates": problem(3, 0, 8),
+    }
+    return {name: errors_of(one) for name, one in problems.items()}
+
+
+def losses_of_modules():
+    """Errors of loss, dh and dc; the full softmax also cut over two ranks as `FullSoftmax` does."""
+    g = torch.Generator().manual_seed(5)
+    h, table = torch.randn(30, 8, generator=g), torch.randn(44, 8, generator=g)
+    targets = torch.randint(RESERVED_ROWS, 41, (30,), generator=g)
+    targets[3::4] = PADDING_ROW
+    rows = torch.arange(44).where(torch.arange(44) < 41, PADDING_ROW)
+    ids = torch.cat([torch.randint(RESERVED_ROWS, 41, (12,), generator=g), targets])
+    ids[0] = targets[0]
+    log_counts = torch.randn(42, generator=g)
+
+    def full(h, table, logsumexp):
+        return FullSoftmax(0, logsumexp)(h, targets, table, rows, None)
+
+    def two_ranks(h, table, logsumexp):
+        parts = []
+        for rank in range(2):
+            mine = slice(22 * rank, 22 * rank + 22)
+            bias = torch.zeros(22).masked_fill(rows[mine] < RESERVED_ROWS, -torch.inf)
+            place = (targets - 22 * rank).where(targets != PADDING_ROW, -1)
+            parts.append(logsumexp(h, table[mine], bias, place_N=place))
+        lse = torch.logsumexp(torch.stack([lse for lse, _ in parts]), 0)
+        target = parts[0][1] + parts[1][1]
+        return (lse - target).where(targets != PADDING_ROW, 0.0).sum()
+
+    def sampled(in_batch, logq):
+        return lambda h, table, logsumexp: SampledSoftmax(12, in_batch, logq, logsumexp)(
+            h, targets, table[ids], ids, log_counts
+        )
+
+    def run(loss, logsumexp, kind):
+        leaves = [t.to(kind).requires_grad_() for t in (h, table)]
+        value = loss(*leaves, logsumexp)
+        return [value, *torch.autograd.grad(value, leaves)]
+
+    wanted = {"full": (full, full), "full, two ranks": (two_ranks, full)}
+    for in_batch, logq in itertools.product([False, True], repeat=2):
+        one = sampled(in_batch, logq)
+        wanted[f"sampled, in_batch={in_batch}, logq={logq}"] = (one, one)
+    errors = {}
+    for name, (ours, reference) in wanted.items():
+        got = run(ours, logsumexp_fused, torch.float32)
+        want = run(reference, logsumexp_reference, torch.float64)
+        names = ["loss", "dh", "dc"]
+        errors[name] = {n: relative(a, b) for n, a, b in zip(names, got, want, strict=True)}
+    return errors
+
+
+def opchecks():
+    """With and without the optional tensors."""
+    from modules.kernels.softmax import candidate_logsumexp_op
+
+    for hits, places in [(False, False), (True, True)]:
+        p = problem(7, 20, 8, hits, places)
+        leaves = (p.h_ND.requires_grad_(), p.c_CD.requires_grad_(), p.bias_C)
+        ids = (p.candidates_C, p.targets_N, p.place_N)
+        torch.library.opcheck(candidate_logsumexp_op, (*leaves, *ids))
+    return "checked"
+
+
+def report():
+    """Runs inside the subprocess. `small_tiles` stays in force, so the shapes come last."""
+    return {
+        "corners": errors_of_corners(),
+        "losses": losses_of_modules(),
+        "opcheck": opchecks(),
+        "shapes": errors_of_shapes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def results():
+    pytest.importorskip("triton")
+    return in_interpreter("report", module="test_softmax_kernels")
+
+
+@pytest.mark.parametrize(("kind", "cases"), [("shapes", 12), ("corners", 12), ("losses", 6)])
+def test_values_and_gradients(results, kind, cases):
+    assert len(results[kind]) == cases
+    for case, errors in results[kind].items():
+        assert all(error < LIMIT for error in errors.values()), (case, errors)
+
+
+def test_opcheck(results):
+    assert results["opcheck"] == "checked"
+
+
+def test_chunks_are_even_and_within_the_budget():
+    softmax = pytest.importorskip("modules.kernels.softmax")
+    launch = softmax.choose_launch(256, torch.bfloat16)
+    assert softmax.chunk_shape(16_384, 3_425, 2, launch) == (16_384, 3_456)
+    assert softmax.chunk_shape(16_384, 1_000_008, 2, launch) == (16_384, 16_256)
+    assert softmax.chunk_shape(262_144, 3_425, 2, launch) == (65_536, 3_456)
+    positions, candidates = softmax.chunk_shape(1_000, 1_000_008, 4, launch)
+    assert positions == 1_024
+    assert 4 * positions * candidates < 1.05 * softmax.WEIGHT_BYTES
+
+
+def test_runs_fill_the_card():
+    softmax = pytest.importorskip("modules.kernels.softmax")
+    assert softmax.runs_of(128, 27) == 1  # one wave of 132
+    assert softmax.runs_of(1, 1) == 1
+    assert softmax.runs_of(8, 1_000) == 16
+
+
+def test_refuses_what_the_kernels_do_not_have():
+    softmax = pytest.importorskip("modules.kernels.softmax")
+    h, c, bias, ids = torch.zeros(3, 8), torch.zeros(5, 8), torch.zeros(5), torch.zeros(5).long()
+    fused = softmax.candidate_logsumexp_triton
+    with pytest.raises(ValueError, match="one dtype"):
+        fused(h.double(), c.double(), bias)
+    with pytest.raises(ValueError, match="needs c"):
+        fused(h, c[:, :4], bias)
+    with pytest.raises(ValueError, match="both"):
+        fused(h, c, bias, candidates_C=ids)
+    with pytest.raises(ValueError, match="int64"):
+        fused(h, c, bias, place_N=ids[:3].int())
