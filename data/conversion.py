@@ -54,7 +54,7 @@ def _schema(histories: pa.Table) -> pa.Schema:
     return history_schema(kinds["user_id"], kinds["items"], kinds["timestamps"], features)
 
 
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+def history_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     """Without statistics: those of a list's values serve no reader."""
     options = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
     return pq.ParquetWriter(path, schema, compression=COMPRESSION, **options)
@@ -75,7 +75,7 @@ def write_histories(
                 if writer is not None:
                     writer.close()
                 path = folder / HISTORIES / f"part-{shard:05d}.parquet"
-                writer = _writer(path, schema := _schema(table))
+                writer = history_writer(path, schema := _schema(table))
                 open_shard = shard
             counts.add(table)
             writer.write_table(table.cast(schema), row_group_size=table.num_rows)
