@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.engine import quoted, quoted_path, scalar
+from data.engine import one_row, quoted, quoted_path
 from data.errors import InputError
 from data.log_query import LogRules
 from data.logs import EARLIER_EVENTS, LOG_EVENTS
 from data.numbering import KNOWN_ITEMS
-from data.schema import Manifest, damage
+from data.schema import DataFile, Manifest, damage
 
 # `seq` of an earlier event, all below today's: among the user's events of its time, the kept ones
 # before it, then the dropped ones before it since the last kept one.
@@ -38,7 +38,8 @@ class EarlierData:
     def open(cls, folder: Path, rules: LogRules) -> "EarlierData":
         """Raises InputError where it is damaged, or was made by other rules or without residual."""
         manifest = Manifest.read(folder)
-        if "log" not in manifest.options or "events_duplicate" not in manifest.counts:
+        ours = {"events_duplicate", "events_below_minimum"} <= manifest.counts.keys()
+        if not ours or "log" not in manifest.options:
             raise InputError(f"append={folder} was not made by tools.convert_logs; convert its log")
         made = LogRules.from_options(manifest.options)
         for option, before, now in (
@@ -68,44 +69,48 @@ class EarlierData:
         events_late, which are earlier than their user's newest event here.
         Raises InputError where ids, times or features are of other types than today's.
         """
-        features = "".join(f", f{place}" for place in range(len(self.manifest.features)))
-        named = "".join(
-            f", {quoted(name)} AS f{place}" for place, name in enumerate(self.manifest.features)
-        )
-        kept = (
-            f"SELECT {_SEQ.format(_LAST)} AS seq, user_id, item_id, time{features} "
-            f"FROM kept_rows JOIN {KNOWN_ITEMS} USING (item)"
-        )
-        if self.manifest.residual:
-            residual = quoted_path(str(self.folder / self.manifest.residual.path))
-            kept += (
-                f" UNION ALL SELECT {_SEQ.format('dropped_before')}, user_id, item_id, "
-                f"timestamp{named} FROM read_parquet({residual})"
-            )
-        schema, batches = self._kept_rows()
-        connection.register("kept_rows", pa.RecordBatchReader.from_batches(schema, batches))
-        connection.execute(f"CREATE TABLE {EARLIER_EVENTS} AS {kept}")
-        connection.unregister("kept_rows")
+        self._load_events(connection)
         self._check_types(connection)
-        late = scalar(
-            connection,
-            f"SELECT count(*) FROM {LOG_EVENTS} JOIN (SELECT user_id, max(time) AS newest "
-            f"FROM {EARLIER_EVENTS} GROUP BY user_id) USING (user_id) WHERE time < newest",
-        )
         connection.execute(
             f"CREATE OR REPLACE VIEW events AS FROM {EARLIER_EVENTS} UNION ALL FROM {LOG_EVENTS}"
         )
         if self.manifest.bad_rows:
-            earlier = quoted_path(str(self.folder / self.manifest.bad_rows.path))
+            earlier = self._source(self.manifest.bad_rows)
             connection.execute(
-                "CREATE OR REPLACE TABLE bad_rows AS "
-                f"FROM read_parquet({earlier}) UNION ALL FROM bad_rows"
+                f"CREATE OR REPLACE TABLE bad_rows AS FROM {earlier} UNION ALL FROM bad_rows"
             )
-        appended = scalar(connection, f"SELECT count(*) FROM {LOG_EVENTS}")
+        appended, late = one_row(
+            connection,
+            f"SELECT count(*), count(*) FILTER (time < newest) FROM {LOG_EVENTS} LEFT JOIN "
+            f"(SELECT user_id, max(time) AS newest FROM {EARLIER_EVENTS} GROUP BY user_id) "
+            "USING (user_id)",
+        )
         before = self.manifest.counts
         reading = {name for name in before if name.startswith("events_bad")} | today.keys()
         sums = {name: before.get(name, 0) + today.get(name, 0) for name in sorted(reading)}
-        return sums | {"events_appended": int(appended), "events_late": int(late)}
+        return sums | {"events_appended": appended, "events_late": late}
+
+    def _load_events(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Create EARLIER_EVENTS from the histories and the residual."""
+        names = self.manifest.features
+        features = "".join(f", f{place}" for place in range(len(names)))
+        query = (
+            f"SELECT {_SEQ.format(_LAST)} AS seq, user_id, item_id, time{features} "
+            f"FROM kept_rows JOIN {KNOWN_ITEMS} USING (item)"
+        )
+        if self.manifest.residual:
+            named = "".join(f", {quoted(name)}" for name in names)
+            query += (
+                f" UNION ALL SELECT {_SEQ.format('dropped_before')}, user_id, item_id, "
+                f"timestamp{named} FROM {self._source(self.manifest.residual)}"
+            )
+        schema, batches = self._kept_rows()
+        connection.register("kept_rows", pa.RecordBatchReader.from_batches(schema, batches))
+        connection.execute(f"CREATE TABLE {EARLIER_EVENTS} AS {query}")
+        connection.unregister("kept_rows")
+
+    def _source(self, file: DataFile) -> str:
+        return f"read_parquet({quoted_path(str(self.folder / file.path))})"
 
     def _check_types(self, connection: duckdb.DuckDBPyConnection) -> None:
         earlier = connection.sql(f"FROM {EARLIER_EVENTS} LIMIT 0")

@@ -11,11 +11,10 @@ import duckdb
 
 from data.engine import first_line, one_row, quoted_path, scalar
 from data.log_files import LogFiles
-from data.log_query import BAD_REASONS, LogQuery, LogRules
+from data.log_query import BAD_REASONS, FILTERED, LogQuery, LogRules
 from data.schema import BAD_ROWS
 
 _MALFORMED = "malformed_line"
-_NAMES = ", ".join(f"({mark}, '{name}')" for mark, name in BAD_REASONS.items())
 
 
 def count_bad_rows(
@@ -50,10 +49,11 @@ def collect_bad_rows(
             GROUP BY file_path, line"""
         )
     if bad.keys() - {_MALFORMED}:
+        names = " ".join(f"WHEN {mark} THEN '{name}'" for mark, name in BAD_REASONS.items())
         connection.execute(
-            f"""INSERT INTO bad_rows
-            SELECT name, substr(file, {start}), NULL, "user", item, "time", NULL
-            FROM ({query.raw}) JOIN (VALUES {_NAMES}) AS reasons(number, name) ON mark = number"""
+            f"""INSERT INTO bad_rows SELECT CASE mark {names} END, substr(file, {start}), NULL,
+                "user", item, "time", NULL
+            FROM ({query.raw}) WHERE mark > {FILTERED}"""
         )
     if _MALFORMED in bad:
         connection.execute(
