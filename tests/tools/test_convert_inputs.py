@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.vocabulary import Vocabulary
@@ -201,3 +203,25 @@ def test_damaged_parquet_is_named(log: Path, tmp_path: Path) -> None:
         (tmp_path / f"{name}.parquet").write_bytes(damaged)
         with pytest.raises(InputError, match=rf"{name}.parquet is damaged or unreadable"):
             run([log, tmp_path / f"{name}.parquet"], tmp_path / "out")
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_any_damage_is_named_or_harmless(
+    log: Path, tmp_path: Path, share: float, bit: int, cut: bool
+) -> None:
+    """A log has no checksum to tell a flipped value by, but nothing else than InputError comes."""
+    content = log.read_bytes()
+    place = int(share * len(content))
+    flipped = bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(content[:place] + (b"" if cut else flipped))
+    message = ""
+    try:
+        run(damaged, tmp_path / "out", overwrite=True, max_bad_rows=200)
+    except InputError as error:
+        message = str(error)
+    assert not cut or f"{damaged} is damaged" in message
+    assert "\n" not in message
