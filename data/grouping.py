@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from data.engine import quoted_path
 from data.errors import InputError
+from data.k_core import USER_COUNTS
 from data.schema import VOCABULARY
 from data.split import Split
 
@@ -40,19 +41,15 @@ def use_vocabulary(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
         raise InputError(f"item ids are {met} in the log but {known} in {path}; cast them")
 
 
-def group_users(
-    connection: duckdb.DuckDBPyConnection, shards: int, split: Split, among: str | None = None
-) -> None:
+def group_users(connection: duckdb.DuckDBPyConnection, shards: int, split: Split) -> None:
     """Create the table `users(user_id, events, n_train, n_validation, shard)` in stream order.
 
-    `among` names a table of the user_ids to keep. Shards are dealt by length rank, to and fro,
-    so their event counts differ by less than the longest history.
+    From the users and events of USER_COUNTS (data.k_core). Shards are dealt by length rank, to and
+    fro, so their event counts differ by less than the longest history.
     """
-    kept = f"SEMI JOIN {among} USING (user_id)" if among else ""
     connection.execute(
-        f"CREATE TABLE ranked_users AS SELECT user_id, count(*) AS events, {split.sizes} "
-        f"FROM events SEMI JOIN vocabulary USING (item_id) {kept} "
-        "GROUP BY user_id ORDER BY events DESC, user_id"
+        f"CREATE TABLE ranked_users AS SELECT user_id, events, {split.sizes} FROM {USER_COUNTS} "
+        "ORDER BY events DESC, user_id"
     )
     connection.execute(
         f"""CREATE TABLE users AS SELECT user_id, events, n_train, n_validation,

@@ -23,6 +23,7 @@ BAD_REASONS = {  # a row's mark when it cannot be used
     6: "unreadable_time",
 }
 NULL_TYPE = '"NULL"'  # of a Parquet column without any value
+_FILE = "__file"  # the source's column of the file that a row is in
 _INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _INTEGERS |= {"U" + name for name in _INTEGERS}
 
@@ -75,7 +76,7 @@ class LogQuery:
 
     `total` counts all rows where `events` leaves out those that `where` drops (Parquet, where the
     condition can skip row groups); for CSV it is None and they come marked FILTERED. `raw` is
-    user, item, time as they stand in the log, and mark; `types` are its columns' types.
+    user, item, time as they stand in the log, file and mark; `types` are its columns' types.
     """
 
     events: str
@@ -91,7 +92,7 @@ def log_query(connection: duckdb.DuckDBPyConnection, files: LogFiles, rules: Log
     is no condition; DuckDB's own errors are those of damaged files.
     """
     names = f"[{', '.join(quoted_path(path) for path in files.paths)}]"
-    hive = f"hive_partitioning={str(bool(files.partitions)).lower()}"
+    hive = f"hive_partitioning={str(bool(files.partitions)).lower()}, filename='{_FILE}'"
     columns = "*"
     if files.partitions:
         _check_partitions(connection, files, names, rules)
@@ -152,7 +153,7 @@ def _delimiter(files: LogFiles, rules: LogRules) -> str:
 def _types(connection: duckdb.DuckDBPyConnection, source: str, rules: LogRules) -> dict[str, str]:
     """The types of the log's columns, once all that the rules name are there."""
     rows = connection.execute(f"DESCRIBE {source}").fetchall()
-    types = {str(row[0]): str(row[1]) for row in rows}
+    types = {str(row[0]): str(row[1]) for row in rows if row[0] != _FILE}
     wanted = [("columns.user", rules.user), ("columns.item", rules.item)]
     wanted += [("columns.time", rules.time)]
     wanted += [("columns.features", name) for name in rules.features]
@@ -175,7 +176,7 @@ def _from_text(text: str, types: dict[str, str], rules: LogRules) -> str:
     casts = ", ".join(f"TRY_CAST({quoted(c)} AS {types[c]}) AS {quoted(c)}" for c in types)
     roles = (("user", rules.user), ("item", rules.item), ("time", rules.time))
     kept = ", ".join(f"{quoted(column)} AS __text_{role}" for role, column in roles)
-    return f"SELECT {casts}, {kept} {text}"
+    return f"SELECT {casts}, {kept}, {_FILE} {text}"
 
 
 def _select(source: str, types: dict[str, str], rules: LogRules, text: bool) -> tuple[str, str]:
@@ -198,8 +199,8 @@ def _select(source: str, types: dict[str, str], rules: LogRules, text: bool) -> 
     )
     rest = f"CAST(CASE {' '.join(marks)} END AS UTINYINT) AS mark FROM ({source}) {where}"
     values = f"{user} AS user_id, {item} AS item_id, {time} AS time{features}"
-    names = zip(raw, ("user", "item", "time"), strict=True)
-    texts = ", ".join(f"{column} AS {name}" for column, name in names)
+    names = zip((*raw, _FILE), ("user", "item", "time", "file"), strict=True)
+    texts = ", ".join(f"{column}::VARCHAR AS {name}" for column, name in names)
     return f"SELECT {values}, {rest}", f"SELECT {texts}, {rest}"
 
 

@@ -1,8 +1,8 @@
 """Raw event logs into one table of the engine, by rules that scoring can repeat.
 
-`read_events` leaves a view `events(seq, user_id, item_id, time, f0, f1, …)`. Ids are BIGINT or
-VARCHAR. `seq` is the input order (file in sorted path order, then row) and breaks ties in time.
-f0, f1, … are the feature columns. The log never lies in memory whole.
+`read_events` leaves a view `events(seq, user_id, item_id, time, f0, f1, …)`, which `drop_repeats`
+narrows. Ids are BIGINT or VARCHAR. `seq` is the input order (file in sorted path order, then row)
+and breaks ties in time. f0, f1, … are the feature columns. The log never lies in memory whole.
 """
 
 import re
@@ -12,37 +12,47 @@ from typing import Any
 import duckdb
 import pyarrow.parquet as pq
 
-from data.engine import first_line, one_row, quoted_path, scalar
+from data.bad_rows import collect_bad_rows, count_bad_rows, example
+from data.engine import first_line, quoted_path, scalar
 from data.errors import InputError
 from data.log_files import LogFiles
-from data.log_query import BAD_REASONS, FILTERED, LogQuery, LogRules, log_query
+from data.log_query import FILTERED, LogQuery, LogRules, log_query
+
+LOG_EVENTS = "log_events"  # what was read, as a view
+EARLIER_EVENTS = "earlier_events"  # a table of data.append: events of an older data set
 
 
 @dataclass(frozen=True)
 class ReadCounts:
-    """What `read_events` met: read = filtered + bad + duplicates + kept."""
+    """What `read_events` met: read = filtered + bad + good."""
 
     read: int
     filtered: int  # dropped by `where`
     bad: dict[str, int]  # by reason
-    duplicates: int
-    kept: int
+    good: int
+
+    def as_counts(self) -> dict[str, int]:
+        """What a manifest's counts say of the reading."""
+        return {
+            "events_read": self.read,
+            "events_filtered": self.filtered,
+            "events_bad": sum(self.bad.values()),
+            **{f"events_bad_{reason}": count for reason, count in self.bad.items()},
+        }
 
 
 def read_events(
     connection: duckdb.DuckDBPyConnection, files: LogFiles, rules: LogRules, max_bad_rows: int = 0
 ) -> ReadCounts:
-    """Read the log into the view `events` (see the module), filtered and de-duplicated.
+    """Read the log into the view `events` (see the module), filtered, repeats and all.
 
     `where` comes first, so it can drop bad rows by name; a bad row has a null or unreadable user,
-    item or time, or is a malformed CSV line. Raises InputError for more bad rows than
-    `max_bad_rows`, unusable columns, a `where` that is no condition, and damaged files.
+    item or time, or is a malformed CSV line, and stands in the table `bad_rows`. Raises InputError
+    for more of them than `max_bad_rows`, unusable columns, a `where` that is no condition, and
+    damaged files.
     """
     query, marks, total = _load(connection, files, rules)
-    bad = {name: marks[mark] for mark, name in BAD_REASONS.items() if mark in marks}
-    if files.kind == "csv":
-        lines = scalar(connection, "SELECT count(DISTINCT (file_id, line)) FROM reject_errors")
-        bad |= {"malformed_line": lines} if lines else {}
+    bad = count_bad_rows(connection, files, marks)
     bad_rows, good = sum(bad.values()), marks.get(None, 0)
     read = marks.get(FILTERED, 0) + bad_rows + good if total is None else total
     if read == 0:
@@ -52,18 +62,46 @@ def read_events(
         reasons = ", ".join(f"{count:,} {name}" for name, count in bad.items())
         raise InputError(
             f"{bad_rows:,} of {read:,} rows are bad ({reasons}), above "
-            f"max_bad_rows={max_bad_rows}{_example(connection, files, rules, query, bad)}; mend "
-            "them, drop them with where=…, or raise the limit"
+            f"max_bad_rows={max_bad_rows}{example(connection, files, rules, query, bad)}; "
+            "mend them, drop them with where=…, or raise the limit"
         )
     if good == 0:
         raise InputError(f"no event is left of {read:,} rows; check where={rules.where}")
+    collect_bad_rows(connection, files, query, bad)
     features = "".join(f", f{place}" for place in range(len(rules.features)))
     connection.execute(
-        f"CREATE VIEW events AS SELECT rowid AS seq, user_id, item_id, time{features} "
+        f"CREATE VIEW {LOG_EVENTS} AS SELECT rowid AS seq, user_id, item_id, time{features} "
         "FROM loaded WHERE mark IS NULL"
     )
-    kept = good if rules.deduplicate == "none" else _deduplicate(connection, rules.deduplicate)
-    return ReadCounts(read, read - bad_rows - good, bad, good - kept, kept)
+    connection.execute(f"CREATE VIEW events AS FROM {LOG_EVENTS}")
+    return ReadCounts(read, read - bad_rows - good, bad, good)
+
+
+def drop_repeats(connection: duckdb.DuckDBPyConnection, deduplicate: str) -> int:
+    """Narrow `events` by a rule of DEDUPLICATE; the first in time order stays. Returns the rest.
+
+    consecutive: an event whose item is also that of the user's event before it is dropped.
+    user_item: every event but the first of a (user, item) pair is dropped.
+    What was dropped is the view `repeats`, of the same columns.
+    """
+    if deduplicate == "none":
+        connection.execute("CREATE VIEW repeats AS SELECT * FROM events LIMIT 0")
+    else:
+        order = "ORDER BY time, seq"
+        kept = {
+            "consecutive": f"lag(item_id) OVER (PARTITION BY user_id {order}) "
+            "IS DISTINCT FROM item_id",
+            "user_item": f"row_number() OVER (PARTITION BY user_id, item_id {order}) = 1",
+        }[deduplicate]
+        connection.execute(f"CREATE TABLE marked_events AS SELECT *, {kept} AS kept FROM events")
+        for view, condition in (("events", "kept"), ("repeats", "NOT kept")):
+            connection.execute(
+                f"CREATE OR REPLACE VIEW {view} AS SELECT * EXCLUDE (kept) FROM marked_events "
+                f"WHERE {condition}"
+            )
+        for table in ("loaded", EARLIER_EVENTS):
+            connection.execute(f"DROP TABLE IF EXISTS {table}")
+    return int(scalar(connection, "SELECT count(*) FROM events"))
 
 
 def time_type(connection: duckdb.DuckDBPyConnection) -> str:
@@ -85,49 +123,6 @@ def _load(
         raise _damaged(connection, files, error) from error
     rows: Any = connection.execute("SELECT mark, count(*) FROM loaded GROUP BY mark").fetchall()
     return query, dict(rows), total
-
-
-def _example(
-    connection: duckdb.DuckDBPyConnection,
-    files: LogFiles,
-    rules: LogRules,
-    query: LogQuery,
-    bad: dict[str, int],
-) -> str:
-    """The most frequent unreadable value or malformed line, and what makes it readable."""
-    reason = max(bad, key=lambda name: bad[name])
-    if reason == "malformed_line":
-        # The reader does not repeat itself: its last words on the line are kept in this table.
-        line, error = one_row(connection, "SELECT line, error_message FROM reject_errors LIMIT 1")
-        return f", for example line {line} ({first_line(ValueError(error))})"
-    kind, _, role = reason.partition("_")
-    if kind != "unreadable":
-        return ""
-    mark = next(number for number, name in BAD_REASONS.items() if name == reason)
-    (value,) = one_row(connection, f"SELECT {role} FROM ({query.raw}) WHERE mark = {mark} LIMIT 1")
-    name = getattr(rules, role)
-    right = "BIGINT or TIMESTAMP" if role == "time" else "VARCHAR"
-    fix = f"cast the column to {right}"
-    if files.kind == "csv":
-        fix = f"name another type, 'csv.types={{{name}: {right.split()[0]}}}', where that is wrong"
-    return f": columns.{role}={name} is {query.types[name]} and has for example {value!r}; {fix}"
-
-
-def _deduplicate(connection: duckdb.DuckDBPyConnection, kind: str) -> int:
-    """Drop repeats; the first in time order stays. Returns how many events are left.
-
-    consecutive: an event whose item is also that of the user's event before it.
-    user_item: every event but the first of a (user, item) pair.
-    """
-    order = "ORDER BY time, seq"
-    kept = {
-        "consecutive": f"lag(item_id) OVER (PARTITION BY user_id {order}) IS DISTINCT FROM item_id",
-        "user_item": f"row_number() OVER (PARTITION BY user_id, item_id {order}) = 1",
-    }[kind]
-    connection.execute(f"CREATE TABLE distinct_events AS SELECT * FROM events QUALIFY {kept}")
-    connection.execute("CREATE OR REPLACE VIEW events AS SELECT * FROM distinct_events")
-    connection.execute("DROP TABLE loaded")
-    return int(scalar(connection, "SELECT count(*) FROM events"))
 
 
 def _check_every_file(files: LogFiles, rules: LogRules) -> None:

@@ -4,7 +4,7 @@ Legend: G row groups, U users, N events. Everything that planning needs (how lon
 is read once and kept, 12 bytes a user; the events themselves are read a row group at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import InputError
-from data.schema import RESERVED_ROWS, Manifest
+from data.errors import InputError, reason
+from data.schema import RESERVED_ROWS, Manifest, damage
 
 
 class RowGroup(NamedTuple):
@@ -57,6 +57,17 @@ class Histories:
         )
 
 
+def damaged_files(folder: Path, part: int = 0, parts: int = 1) -> dict[str, str]:
+    """The history files of a data set that are not what the manifest says, and why: by their hash.
+
+    Every byte of the files number `part`, `part` + `parts`, … is read, so that the processes of a
+    host can share the work.
+    """
+    files = Manifest.read(folder).histories[part::parts]
+    found = {one.path: damage(folder, one) for one in files}
+    return {path: what for path, what in found.items() if what}
+
+
 class HistoryDataset:
     """A finished data set, opened: its row groups in manifest order and its users' lengths.
 
@@ -64,18 +75,21 @@ class HistoryDataset:
         a user is known by one number in the whole data set.
     n_train_U, n_validation_U: int32 for every user.
 
+    without: files, as the manifest names them, to leave out: what `damaged_files` found. Every
+        process must leave out the same ones, or their users would be other ones.
     Raises InputError, naming the file, when one is absent, of another size or row count than the
     manifest says, damaged, or not of `history_schema`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, without: Collection[str] = ()) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
+        self.files = [one for one in self.manifest.histories if one.path not in without]
         self.table_rows = self.manifest.table_rows
         self.groups: list[RowGroup] = []
         users_G: list[int] = []
         n_train, n_validation = [_NO_USERS], [_NO_USERS]
-        for number in range(len(self.manifest.histories)):
+        for number in range(len(self.files)):
             with self._open(number) as file:
                 for index in range(file.num_row_groups):
                     self.groups.append(RowGroup(number, index))
@@ -90,6 +104,11 @@ class HistoryDataset:
     def __len__(self) -> int:
         """Users."""
         return len(self.n_train_U)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The history files that this data set was opened without."""
+        return [one.path for one in self.manifest.histories if one not in self.files]
 
     @cached_property
     def n_events_U(self) -> np.ndarray:
@@ -137,12 +156,12 @@ class HistoryDataset:
         return concatenated_ranges(starts, stops - starts)
 
     def _path(self, number: int) -> Path:
-        return self.folder / self.manifest.histories[number].path
+        return self.folder / self.files[number].path
 
     @contextmanager
     def _open(self, number: int) -> Iterator[pq.ParquetFile]:
         """A file of the data set, checked; what Arrow raises while it is open names the file."""
-        path, expected = self._path(number), self.manifest.histories[number]
+        path, expected = self._path(number), self.files[number]
         if not path.is_file():
             raise InputError(f"{path} is named in the manifest and absent; convert the log again")
         size = path.stat().st_size
@@ -160,9 +179,10 @@ class HistoryDataset:
                     )
                 _check_schema(file.schema_arrow, path)
                 yield file
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is damaged ({reason}); convert the log again") from error
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise InputError(
+                f"{path} is damaged ({reason(error)}); convert the log again"
+            ) from error
 
     def _check(self, histories: Histories, path: Path) -> None:
         items_N = histories.items_N

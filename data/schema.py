@@ -5,19 +5,22 @@ A converted data set is a folder:
     manifest.json                what it is, how it was made, counts, sizes and hashes
     vocabulary.parquet           item_id (raw), item (table row), count (training events)
     histories/part-NNNNN.parquet one row a user, see `history_schema`
+    residual/part-00000.parquet  events that a filter dropped, see `residual_schema`; for appending
+    bad_rows.parquet             rows of the log that could not be used; for people alone
 
 The manifest is written last, so a folder without one is unfinished and is never read.
 """
 
+import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from data.errors import InputError
+from data.errors import InputError, reason
 
 SCHEMA_VERSION = 1
 
@@ -29,6 +32,9 @@ RESERVED_ROWS = 8  # the first item's row; rows below it are never candidates
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.parquet"
 HISTORIES = "histories"
+RESIDUAL = "residual"
+BAD_ROWS = "bad_rows.parquet"
+COMPRESSION = "zstd"  # of what conversion writes
 
 
 def history_schema(
@@ -66,6 +72,29 @@ def vocabulary_schema(item_id: pa.DataType) -> pa.Schema:
     )
 
 
+def residual_schema(
+    user_id: pa.DataType,
+    item_id: pa.DataType,
+    timestamp: pa.DataType,
+    features: dict[str, pa.DataType],
+) -> pa.Schema:
+    """One row an event that k-core or de-duplication dropped, ordered by user, then time.
+
+    Among the user's events of the same time, `kept_before` in the histories and `dropped_before`
+    in the residual come first in the order of the log.
+    """
+    return pa.schema(
+        [
+            pa.field("user_id", user_id, nullable=False),
+            pa.field("item_id", item_id, nullable=False),
+            pa.field("timestamp", timestamp, nullable=False),
+            pa.field("kept_before", pa.int32(), nullable=False),
+            pa.field("dropped_before", pa.int32(), nullable=False),
+            *(pa.field(name, kind) for name, kind in features.items()),
+        ]
+    )
+
+
 def score_schema(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
     """One row a user: raw item ids and scores, best first."""
     return pa.schema(
@@ -86,6 +115,14 @@ class DataFile:
     bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, raw: Any) -> "DataFile":
+        """From a manifest's JSON. Raises TypeError for anything else."""
+        one = cls(**raw)
+        if [type(value) for value in astuple(one)] != [str, int, int, str]:
+            raise TypeError(f"{raw} describes no file")
+        return one
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -99,7 +136,23 @@ class Manifest:
     vocabulary: DataFile
     histories: list[DataFile]
     features: list[str] = field(default_factory=list)
+    residual: DataFile | None = None  # where the filters dropped anything
+    bad_rows: DataFile | None = None  # where there was any
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def files(self) -> list[DataFile]:
+        """All files of the data set beside the manifest."""
+        asides = [one for one in (self.residual, self.bad_rows) if one is not None]
+        return [self.vocabulary, *self.histories, *asides]
+
+    def _check_kinds(self) -> None:
+        """Raises TypeError for a value of another JSON type than it has to be."""
+        numbers = [self.table_rows, self.longest_history, *self.counts.values()]
+        if not all(type(value) is int for value in numbers):
+            raise TypeError("a count is no whole number")
+        if not isinstance(self.options, dict) or not isinstance(self.features, list):
+            raise TypeError("options or features are of another kind")
 
     def write(self, folder: Path) -> None:
         """Commit the data set: written under a temporary name, synced, then renamed."""
@@ -128,15 +181,34 @@ class Manifest:
                     f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; "
                     "convert the log again with this version's tools.convert_logs"
                 )
-            raw["vocabulary"] = DataFile(**raw["vocabulary"])
-            raw["histories"] = [DataFile(**one) for one in raw["histories"]]
+            raw["vocabulary"] = DataFile.of(raw["vocabulary"])
+            raw["histories"] = [DataFile.of(one) for one in raw["histories"]]
+            for name in ("residual", "bad_rows"):
+                raw[name] = DataFile.of(raw[name]) if raw.get(name) else None
             manifest = cls(**raw)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}); convert the log again") from error
-        for one in [manifest.vocabulary, *manifest.histories]:
+            manifest._check_kinds()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} is damaged ({reason(error)}); convert the log again"
+            ) from error
+        for one in manifest.files:
             if Path(one.path).is_absolute() or ".." in Path(one.path).parts:
                 raise InputError(f"{path} names {one.path}, outside its own folder; convert again")
         return manifest
+
+
+def damage(folder: Path, expected: DataFile) -> str | None:
+    """What is wrong with a file of a data set, by its size and hash; None where all is right."""
+    path = folder / expected.path
+    try:
+        size = path.stat().st_size
+        if size != expected.bytes:
+            return f"has {size:,} bytes, the manifest says {expected.bytes:,}"
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if digest == expected.sha256 else "is damaged, its hash is not the manifest's"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -18,9 +18,10 @@ from data.conversion import HistoryCounts, sealed, write_histories
 from data.engine import open_engine, scalar
 from data.errors import InputError
 from data.grouping import group_users, stream_users, use_vocabulary
+from data.k_core import count_events
 from data.log_files import LogFiles
 from data.log_query import LogRules
-from data.logs import ReadCounts, read_events
+from data.logs import drop_repeats, read_events
 from data.output_folder import new_folder
 from data.schema import HISTORIES, MANIFEST, VOCABULARY, DataFile, Manifest
 from data.split import Split
@@ -91,13 +92,15 @@ def _group(
     limits: GroupingLimits,
 ) -> Manifest:
     read = read_events(connection, files, rules, limits.max_bad_rows)
+    kept = drop_repeats(connection, rules.deduplicate)
     use_vocabulary(connection, bundle.folder)
     unknown = scalar(connection, "SELECT count(*) FROM events ANTI JOIN vocabulary USING (item_id)")
-    if unknown == read.kept:
+    if unknown == kept:
         raise InputError(
-            f"none of the log's {read.kept:,} events is of an item that bundle {bundle.folder} "
+            f"none of the log's {kept:,} events is of an item that bundle {bundle.folder} "
             "knows; check columns.item and that the log is of the same catalogue"
         )
+    count_events(connection, "user_id", Split(), "SEMI JOIN vocabulary USING (item_id)")
     group_users(connection, 1, Split())
     users = int(scalar(connection, "SELECT count(*) FROM users"))
     everyone = int(scalar(connection, "SELECT count(DISTINCT user_id) FROM events"))
@@ -108,8 +111,9 @@ def _group(
     vocabulary = next(one for one in bundle.manifest.files if one.path == VOCABULARY)
     return Manifest(
         options=rules.as_options(),
-        counts=_read_counts(read)
+        counts=read.as_counts()
         | {
+            "events_duplicate": read.good - kept,
             "events_unknown": int(unknown),
             "events": counts.events,
             "users": users,
@@ -123,15 +127,6 @@ def _group(
         ),
         histories=[sealed(folder, path) for path in sorted((folder / HISTORIES).iterdir())],
     )
-
-
-def _read_counts(read: ReadCounts) -> dict[str, int]:
-    return {
-        "events_read": read.read,
-        "events_filtered": read.filtered,
-        "events_bad": sum(read.bad.values()),
-        "events_duplicate": read.duplicates,
-    }
 
 
 def _drain(steps: Iterator[int]) -> None:

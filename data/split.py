@@ -28,15 +28,22 @@ class Split:
         return f"time < {self.validation_from}" if self.kind == "temporal" else "true"
 
     @property
-    def sizes(self) -> str:
-        """SQL aggregates n_train, n_validation of a user's events."""
+    def tallies(self) -> str:
+        """SQL aggregates events, trained and validated over the events of a user or item."""
+        validated = "0"
         if self.kind == "temporal":
             inside = f"time >= {self.validation_from} AND time < {self.test_from}"
-            train = f"count(*) FILTER ({self.in_training})"
-            validation = f"count(*) FILTER ({inside})"
-        else:
-            train = "CASE WHEN count(*) < 3 THEN count(*) ELSE count(*) - 2 END"
-            validation = "CASE WHEN count(*) < 3 THEN 0 ELSE 1 END"
+            validated = f"count(*) FILTER ({inside})"
+        trained = f"count(*) FILTER ({self.in_training})"
+        return f"count(*) AS events, {trained} AS trained, {validated} AS validated"
+
+    @property
+    def sizes(self) -> str:
+        """SQL columns n_train, n_validation of a user, from its tallies."""
+        train, validation = "trained", "validated"
+        if self.kind == "leave_one_out":
+            train = "CASE WHEN events < 3 THEN events ELSE events - 2 END"
+            validation = "CASE WHEN events < 3 THEN 0 ELSE 1 END"
         return f"({train})::INTEGER AS n_train, ({validation})::INTEGER AS n_validation"
 
 

@@ -39,7 +39,8 @@ class Vocabulary:
         if not path.exists():
             raise InputError(f"{path} does not exist; make a data set with tools.convert_logs")
         try:
-            table = pq.read_table(path, memory_map=True).combine_chunks()
+            table = pq.read_table(path, memory_map=True, page_checksum_verification=True)
+            table = table.combine_chunks()
             item_ids = _whole(table["item_id"])
             table = table.cast(vocabulary_schema(item_ids.type))
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:

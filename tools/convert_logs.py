@@ -4,7 +4,9 @@
 
 Load, de-duplicate, k-core, vocabulary, users to shards, one flat sort by user and time, and a cut
 of the sorted stream at user changes. Nothing is held in memory beyond `memory_limit` and one row
-group, and equal input gives equal bytes whatever the threads. All options: configs/convert.yaml.
+group, and equal input gives equal bytes whatever the threads. `vocabulary=` numbers items as an
+older data set does, `append=` puts the log behind that data set's. All options:
+configs/convert.yaml.
 """
 
 import time
@@ -18,81 +20,35 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.command import command
-from data.conversion import (
-    CORE_USERS,
-    HistoryCounts,
-    k_core,
-    order_items,
-    sealed,
-    write_histories,
-    write_vocabulary,
-)
+from data.append import EarlierData
+from data.bad_rows import write_bad_rows
+from data.conversion import HistoryCounts, sealed, write_histories
 from data.engine import one_row, open_engine, scalar
 from data.errors import InputError
 from data.grouping import group_users, stream_users
-from data.log_files import find_files
-from data.log_query import LogRules
-from data.logs import ReadCounts, read_events, time_type
+from data.k_core import count_events, k_core
+from data.log_files import LogFiles, find_files
+from data.logs import drop_repeats, read_events, time_type
+from data.numbering import KnownVocabulary, number_items, unseen_items, write_vocabulary
 from data.output_folder import new_folder
-from data.schema import HISTORIES, MANIFEST, RESERVED_ROWS, VOCABULARY, Manifest
+from data.residual import RESIDUAL_FILE, write_residual
+from data.schema import (
+    BAD_ROWS,
+    HISTORIES,
+    MANIFEST,
+    RESERVED_ROWS,
+    RESIDUAL,
+    VOCABULARY,
+    DataFile,
+    Manifest,
+)
 from data.split import Split, temporal_split
+from tools.convert_config import ConvertConfig
 from tools.stages import print_table, stage
 
 SHARD_EVENTS = 8_000_000
 ENGINE = "engine"  # scratch folder inside the unfinished output
-OURS = (MANIFEST, VOCABULARY, HISTORIES, ENGINE)
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """The options of configs/convert.yaml, checked."""
-
-    input: str | list[str]
-    output: Path
-    rules: LogRules
-    split: dict[str, Any]
-    min_user_events: int = 5
-    min_item_events: int = 5
-    max_bad_rows: int = 0
-    shards: int | None = None
-    row_group_events: int = 1_000_000
-    memory_limit: str = "4GB"
-    threads: int | None = None
-    overwrite: bool = False
-
-    @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> "ConvertConfig":
-        """From the composed Hydra config."""
-        rest = dict(options)
-        columns, csv = rest.pop("columns"), rest.pop("csv")
-        features = columns["features"]
-        if not isinstance(features, list):
-            raise InputError(f"columns.features={features} is no list; write [{features}]")
-        rules = LogRules(
-            user=str(columns["user"]),
-            item=str(columns["item"]),
-            time=str(columns["time"]),
-            features=tuple(str(name) for name in features),
-            where=None if rest["where"] is None else str(rest["where"]),
-            deduplicate=rest["deduplicate"],
-            csv_delimiter=csv["delimiter"],
-            csv_types=dict(csv["types"] or {}),
-        )
-        del rest["where"], rest["deduplicate"]
-        output = Path(str(rest.pop("output")))
-        return cls(**rest | {"output": output, "rules": rules})
-
-    def __post_init__(self) -> None:
-        least = {"min_user_events": 1, "min_item_events": 1, "max_bad_rows": 0}
-        least |= {"row_group_events": 1, "shards": 1, "threads": 1}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if name in ("shards", "threads") and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise InputError(f"{name}={value} must be a whole number, {minimum} or more")
-        if not isinstance(self.overwrite, bool):
-            raise InputError(f"overwrite={self.overwrite} must be true or false")
+OURS = (MANIFEST, VOCABULARY, HISTORIES, RESIDUAL, BAD_ROWS, ENGINE)
 
 
 @dataclass(frozen=True)
@@ -104,61 +60,123 @@ class Conversion:
     median_length: int
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What the engine holds once events are filtered and counted, items numbered, users dealt.
+
+    counts: those of the manifest that writing does not give. events: of all users.
+    """
+
+    split: Split
+    items: int
+    shards: int
+    counts: dict[str, int]
+    events: int
+    longest: int
+    median: int
+
+
 def convert(config: ConvertConfig) -> Conversion:
     """Convert the log; `config.output` then holds the data set. Raises InputError."""
     files = find_files(config.input)
+    earlier = EarlierData.open(config.append, config.rules) if config.append else None
+    numbered = config.vocabulary or config.append
+    known = KnownVocabulary.find(numbered) if numbered else None
     with new_folder(config.output, OURS, config.overwrite) as folder:
         engine_folder = folder / ENGINE
         engine_folder.mkdir()
         with open_engine(engine_folder, config.memory_limit, config.threads) as connection:
-            conversion = _convert(config, folder, connection, files)
+            selection = _select(config, connection, files, known, earlier)
+            written = _write(config, folder, connection, selection)
         for left in sorted(engine_folder.rglob("*"), reverse=True):
             left.rmdir() if left.is_dir() else left.unlink()
         engine_folder.rmdir()
-        conversion.manifest.write(folder)
-    return conversion
+        manifest = _manifest(config, folder, selection, written, known)
+        manifest.write(folder)
+    users = manifest.counts["users"]
+    return Conversion(manifest, selection.events / users, selection.median)
 
 
-def _convert(
-    config: ConvertConfig, folder: Path, connection: duckdb.DuckDBPyConnection, files: Any
-) -> Conversion:
+def _select(
+    config: ConvertConfig,
+    connection: duckdb.DuckDBPyConnection,
+    files: LogFiles,
+    known: KnownVocabulary | None,
+    earlier: EarlierData | None,
+) -> Selection:
     percent = connection.query_progress
     with stage(f"read {len(files.paths)} file(s)", percent):
         read = read_events(connection, files, config.rules, config.max_bad_rows)
+        known_items = known.load(connection) if known else 0
+        counts = read.as_counts()
+        if earlier:
+            counts = earlier.add(connection, counts)
+        good = int(scalar(connection, "SELECT count(*) FROM events"))
+        kept = drop_repeats(connection, config.rules.deduplicate)
         split = _split(config, connection)
-    with stage("k-core", percent):
-        core = k_core(connection, config.min_user_events, config.min_item_events, split)
-    with stage("vocabulary", percent):
-        items = order_items(connection, split, core)
-    shards = config.shards or -(-read.kept // SHARD_EVENTS)
-    with stage("users", percent):
-        group_users(connection, shards, split, CORE_USERS if core else None)
-    counts = HistoryCounts(np.zeros(RESERVED_ROWS + items, np.int64))
-    events = int(scalar(connection, "SELECT sum(events) FROM users"))
-    with stage("sort and write"):
-        stream = stream_users(connection, config.rules.features, config.row_group_events)
-        _show(write_histories(folder, stream, counts), events)
-        write_vocabulary(folder, connection, counts.by_row)
-    with stage("sync and hash"):
-        paths = sorted((folder / HISTORIES).iterdir())
-        histories = [sealed(folder, path) for path in paths]
-        vocabulary = sealed(folder, folder / VOCABULARY)
-    users, untrained_users, longest, median = one_row(
+    with stage("count", percent):
+        count_events(connection, "user_id", split)
+        count_events(connection, "item_id", split)
+        unseen = unseen_items(connection) if known else 0
+    with stage("k-core and vocabulary", percent):
+        k_core(connection, config.min_user_events, config.min_item_events, split)
+        items = number_items(connection, known_items)
+        shards = config.shards or -(-kept // SHARD_EVENTS)
+        group_users(connection, shards, split)
+    users, untrained, events, longest, median = one_row(
         connection,
-        "SELECT count(*), count(*) FILTER (n_train = 0), max(events), "
+        "SELECT count(*), count(*) FILTER (n_train = 0), sum(events)::BIGINT, max(events), "
         "quantile_disc(events, 0.5) FROM users",
     )
-    manifest = Manifest(
-        options=_options(config, shards),
-        counts=_counts(read, counts) | {"users": users, "users_without_training": untrained_users},
-        split=split.kind,
-        table_rows=RESERVED_ROWS + items,
-        longest_history=longest,
-        vocabulary=vocabulary,
-        histories=histories,
-        features=list(config.rules.features),
-    )
-    return Conversion(manifest, counts.events / users, median)
+    if known:
+        counts |= {"items_new": items - known_items, "items_unseen": unseen}
+    counts |= {"events_duplicate": good - kept, "events_below_minimum": kept - events}
+    counts |= {"users": users, "users_without_training": untrained}
+    return Selection(split, items, shards, counts, events, longest, median)
+
+
+def _write(
+    config: ConvertConfig,
+    folder: Path,
+    connection: duckdb.DuckDBPyConnection,
+    selection: Selection,
+) -> HistoryCounts:
+    written = HistoryCounts(np.zeros(RESERVED_ROWS + selection.items, np.int64))
+    features = config.rules.features
+    with stage("sort and write"):
+        stream = stream_users(connection, features, config.row_group_events)
+        _show(write_histories(folder, stream, written), selection.events)
+        write_vocabulary(folder, connection, written.by_row)
+    counts = selection.counts
+    dropped = counts["events_duplicate"] + counts["events_below_minimum"]
+    if dropped:
+        with stage("residual", connection.query_progress):
+            write_residual(folder, connection, features)
+    if counts["events_bad"]:
+        write_bad_rows(folder, connection)
+    return written
+
+
+def _manifest(
+    config: ConvertConfig,
+    folder: Path,
+    selection: Selection,
+    written: HistoryCounts,
+    known: KnownVocabulary | None,
+) -> Manifest:
+    with stage("sync and hash"):
+        return Manifest(
+            options=_options(config, selection.shards, known),
+            counts=selection.counts | _written_counts(written),
+            split=selection.split.kind,
+            table_rows=RESERVED_ROWS + selection.items,
+            longest_history=selection.longest,
+            vocabulary=sealed(folder, folder / VOCABULARY),
+            histories=[sealed(folder, path) for path in sorted((folder / HISTORIES).iterdir())],
+            features=list(config.rules.features),
+            residual=_sealed_if_there(folder, RESIDUAL_FILE),
+            bad_rows=_sealed_if_there(folder, BAD_ROWS),
+        )
 
 
 def _split(config: ConvertConfig, connection: duckdb.DuckDBPyConnection) -> Split:
@@ -173,13 +191,17 @@ def _split(config: ConvertConfig, connection: duckdb.DuckDBPyConnection) -> Spli
     return temporal_split(connection, *bounds, time_type(connection))
 
 
+def _sealed_if_there(folder: Path, name: str) -> DataFile | None:
+    return sealed(folder, folder / name) if (folder / name).exists() else None
+
+
 def _show(written: Iterable[int], events: int) -> None:
     with tqdm(total=events, unit="event", unit_scale=True, disable=None, leave=False) as bar:
         for done in written:
             bar.update(done - bar.n)
 
 
-def _options(config: ConvertConfig, shards: int) -> dict[str, Any]:
+def _options(config: ConvertConfig, shards: int, known: KnownVocabulary | None) -> dict[str, Any]:
     """The options that shape the data: how the log is read, then how it is converted."""
     return config.rules.as_options() | {
         "min_user_events": config.min_user_events,
@@ -188,18 +210,13 @@ def _options(config: ConvertConfig, shards: int) -> dict[str, Any]:
         "split": {name: str(value) for name, value in config.split.items()},
         "shards": shards,
         "row_group_events": config.row_group_events,
+        "vocabulary_sha256": known.sha256 if known else None,
     }
 
 
-def _counts(read: ReadCounts, written: HistoryCounts) -> dict[str, int]:
+def _written_counts(written: HistoryCounts) -> dict[str, int]:
     trained = written.by_row[RESERVED_ROWS:]
     return {
-        "events_read": read.read,
-        "events_filtered": read.filtered,
-        "events_bad": sum(read.bad.values()),
-        **{f"events_bad_{reason}": count for reason, count in read.bad.items()},
-        "events_duplicate": read.duplicates,
-        "events_below_minimum": read.kept - written.events,
         "events": written.events,
         "train_events": written.train_events,
         "validation_events": written.validation_events,
@@ -220,11 +237,20 @@ def _report(conversion: Conversion, output: Path, seconds: float) -> None:
         ("events_below_minimum", "dropped by k-core"),
     ):
         rows += [(f"  {what}", f"{counts[name]:,}")] if counts[name] else []
+    known = []
+    if "items_new" in counts:
+        known = [
+            ("  new", f"{counts['items_new']:,}, behind those of the older vocabulary"),
+            ("  never seen in the log", f"{counts['items_unseen']:,} of the older vocabulary"),
+        ]
     parts = [f"{counts[f'{part}_events']:,} {part}" for part in ("train", "validation", "test")]
+    if "events_appended" in counts:
+        rows += [("  appended", f"{counts['events_appended']:,} ({counts['events_late']:,} late)")]
     rows += [
         ("events kept", f"{counts['events']:,} ({', '.join(parts)})"),
         ("users", f"{counts['users']:,} ({counts['users_without_training']:,} without training)"),
         ("items", f"{counts['items']:,} ({counts['items_without_training']:,} without training)"),
+        *known,
         (
             "history length",
             f"mean {conversion.mean_length:.1f}, median {conversion.median_length:,}, "

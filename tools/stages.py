@@ -1,4 +1,4 @@
-"""What a long command shows while it works: a line a stage, with a percentage on a terminal."""
+"""What a long command shows while it works: a line a stage, on a terminal with the time left."""
 
 import sys
 import threading
@@ -31,8 +31,17 @@ def _watch(
 ) -> None:
     while not done.wait(POLL_SECONDS):
         share = percent() if percent else -1.0
-        part = f"{share:4.0f} %" if share >= 0 else ""
-        print(f"\r\033[K{name:<24}{time.monotonic() - start:10.0f} s {part}", end="", flush=True)
+        seconds = time.monotonic() - start
+        part = progress(share, seconds)
+        print(f"\r\033[K{name:<24}{seconds:10.0f} s {part}", end="", flush=True)
+
+
+def progress(percent: float, seconds: float) -> str:
+    """The percentage after these seconds and the time left; empty where it is not known."""
+    if percent < 0:
+        return ""
+    left = f", {seconds * (100 / percent - 1):,.0f} s left" if percent >= 1 else ""
+    return f"{percent:4.0f} %{left}"
 
 
 def print_table(rows: list[tuple[str, str]]) -> None:

@@ -60,6 +60,7 @@ class DataConfig:
     long_history: Literal["refuse", "windows", "truncate"]
     overlap_tokens: int
     window_tokens: int
+    damaged_files: Literal["fatal", "skip"]
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def _report_loss(source: Source, encoder: Encoder, model: Any, config: ExportCon
         return
     exact = Scorer(encoder)
     exact.set_rows(list(source.table.blocks(config.block_bytes)), [])
-    dataset = HistoryDataset(source.data)
+    dataset = HistoryDataset(source.data, source.config.get("data_skipped", []))
     before, after = held_out_ndcg(exact, dataset), held_out_ndcg(model, dataset)
     print(
         f"test NDCG@10, unfiltered, first {min(QUALITY_USERS, len(dataset)):,} users: fp32 rows "

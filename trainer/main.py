@@ -25,6 +25,7 @@ from trainer.config import Config, resolve_paths
 from trainer.distributed import World, process_group, quiet_libraries
 from trainer.finish import finish
 from trainer.loop import Run, train
+from trainer.open_data import open_data
 from trainer.report import REPORT, SUMMARY, write_report
 from trainer.run_folder import RunFolder, run_folder, start_point
 from trainer.sharding import Sharded, describe_memory, describe_plan, plan_table, shard
@@ -43,7 +44,7 @@ def main(plain: dict[str, Any]) -> None:
 
 def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> None:
     """This rank's whole run: plan, resume or begin, train, evaluate, report."""
-    dataset = HistoryDataset(data_path)
+    dataset = open_data(data_path, config.data, world)
     vocabulary = Vocabulary.read(data_path)
     config = build.resolve(config, world, dataset)
     drawn = build.candidates(config, dataset.table_rows, vocabulary, world)

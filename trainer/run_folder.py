@@ -31,6 +31,7 @@ FREE_KEYS = {
     "run_dir",
     "dry_run",
     "data.path",  # the data's fingerprint is compared instead
+    "data.damaged_files",  # and which files were left out
     "embedding.sharding",
     "trainer.max_epochs",
     "trainer.patience",
@@ -165,6 +166,8 @@ def describe(config: Config, dataset: HistoryDataset) -> dict[str, Any]:
     manifest = (dataset.folder / MANIFEST).read_bytes()
     content["data_sha256"] = hashlib.sha256(manifest).hexdigest()
     content["vocabulary_sha256"] = dataset.manifest.vocabulary.sha256
+    if dataset.left_out:
+        content["data_skipped"] = dataset.left_out
     return content
 
 

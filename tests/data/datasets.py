@@ -59,7 +59,8 @@ def write_dataset(
     for number, part in enumerate(np.array_split(np.arange(len(histories)), files)):
         path = folder / HISTORIES / f"part-{number:05d}.parquet"
         rows = table.slice(int(part[0]) if len(part) else 0, len(part))
-        pq.write_table(rows, path, row_group_size=row_group_users or max(len(part), 1))
+        size = row_group_users or max(len(part), 1)
+        pq.write_table(rows, path, row_group_size=size, write_page_checksum=True)
         written.append(_describe(folder, path, len(part)))
 
     trained = [item for one, n in zip(histories, n_train, strict=True) for item in one[:n]]
@@ -70,7 +71,8 @@ def write_dataset(
         "item": rows,
         "count": counts[RESERVED_ROWS:table_rows],
     }
-    pq.write_table(pa.table(vocabulary, schema=vocabulary_schema(pa.string())), folder / VOCABULARY)
+    table = pa.table(vocabulary, schema=vocabulary_schema(pa.string()))
+    pq.write_table(table, folder / VOCABULARY, write_page_checksum=True)
     events, train, validation = sum(map(len, histories)), sum(n_train), sum(n_validation)
     Manifest(
         options={},

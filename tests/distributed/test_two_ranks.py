@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from data.schema import Manifest
 from tests.conftest import ROOT
+from tests.data.datasets import write_dataset
 from tests.distributed.worker import SHARDINGS
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -17,6 +20,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 def results(tmp_path_factory) -> dict[int, dict]:
     """The worker's results by number of ranks. Each writes a checkpoint that the next reads."""
     folder = tmp_path_factory.mktemp("ranks")
+    for copy in range(2):
+        data = write_dataset(folder / f"data{copy}", [[8, 9, 10]] * 8, files=4)
+        flip_a_bit(data / Manifest.read(data).histories[1 + copy].path)
     found = {}
     for ranks, launcher in [
         (2, [*TORCHRUN, "--standalone", "--nproc_per_node=2"]),
@@ -85,6 +91,26 @@ def test_hosts_that_disagree_are_told(results):
     )
     assert "is not one folder for all hosts" in folder
     assert shared == ""
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("copies", "damaged"), [("one copy", [1]), ("a copy a host", [1, 2])])
+def test_ranks_leave_out_the_same_damaged_files(results, copies, damaged):
+    """A bit flipped in one file of a host's copy: all ranks skip it, or all end with its name."""
+    for answers in (results[2][copies], results[1]["one copy"]):
+        left_out, users, message = answers[0]
+        assert all(answer[:2] == [left_out, users] for answer in answers)
+        where = damaged if len(answers) == 2 else [1]
+        assert left_out == [f"histories/part-{number:05d}.parquet" for number in where]
+        kept = [number for number in range(4) if number not in where]
+        assert users == [f"u{user}" for number in kept for user in (2 * number, 2 * number + 1)]
+        assert all(f"{left_out[0]} is damaged, its hash" in answer[2] for answer in answers)
+        assert "data.damaged_files=skip" in message
 
 
 def test_no_thread_of_the_group_outlives_it(results):

@@ -23,10 +23,11 @@ from modules.item_table import ItemTable
 from modules.losses import FullSoftmax, SampledSoftmax
 from modules.recommender import Recommender
 from trainer.checkpoint import RunState, Saver, checkpoint_path, load, verify
-from trainer.config import TableConfig, TrainerConfig
+from trainer.config import DataConfig, TableConfig, TrainerConfig
 from trainer.distributed import World, process_group, quiet_libraries
 from trainer.evaluate import top_items
 from trainer.loop import Stepper
+from trainer.open_data import open_data
 from trainer.run_folder import require_agreement, require_shared
 from trainer.sharding import Sharded, plan_table, shard
 
@@ -80,6 +81,7 @@ def measure(world: World, checkpoints: Path | None) -> dict:
     if checkpoints is not None:
         results |= resume(world, checkpoints)
         results["refusals"] = refusals(world, checkpoints)
+        results |= damaged_data(world, checkpoints)
     return results
 
 
@@ -120,6 +122,32 @@ def refusals(world: World, folder: Path) -> list[str]:
     dist.all_gather_object(every, told)
     assert len({tuple(map(bool, one)) for one in every}) == 1, "all ranks refuse, or none"
     return told
+
+
+def damaged_data(world: World, folder: Path) -> dict[str, list]:
+    """What each rank opens of data sets of four files: one host's copy, then a copy a host."""
+    alone = replace(world, local_rank=0, local_size=1)
+    found = {}
+    for name, where, place in [
+        ("one copy", world, folder / "data0"),
+        ("a copy a host", alone, folder / f"data{world.rank}"),
+    ]:
+        dataset = open_data(place, data_config("skip"), where)
+        groups = [dataset.read(number).user_ids for number in range(len(dataset.groups))]
+        users = [user for group in groups for user in group.to_pylist()]
+        try:
+            open_data(place, data_config("fatal"), where)
+            message = ""
+        except InputError as error:
+            message = str(error)
+        answers: list = [None] * world.size
+        dist.all_gather_object(answers, [dataset.left_out, users, message])
+        found[name] = answers
+    return found
+
+
+def data_config(damaged_files: str) -> DataConfig:
+    return DataConfig("", "histories", 8, 2, 0.0, None, "refuse", 0, 8, damaged_files)  # type: ignore[arg-type]
 
 
 def build(world: World, sharding: str, loss) -> Sharded:

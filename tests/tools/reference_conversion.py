@@ -1,6 +1,7 @@
 """The conversion written a second time, slowly, from the documentation alone."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 Event = dict[str, Any]  # user, item, time, seq
@@ -13,14 +14,19 @@ def reference(
     min_item: int,
     deduplicate: str = "none",
     bounds: tuple[Any, Any] | None = None,
+    known: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """`users` {user: (items, times, n_train, n_validation)} and `vocabulary` [(item, count)]."""
+    """`users` {user: (items, times, n_train, n_validation)} and `vocabulary` [(item, count)].
+
+    The `known` items come first, in their order.
+    """
     events = _distinct(sorted(events, key=lambda e: (e["time"], e["seq"])), deduplicate)
     events = _core(events, min_user, min_item, bounds)
     frequency: Counter[Any] = Counter()
     for event in events:
         frequency[event["item"]] += _trains(event, bounds)
-    order = sorted(frequency, key=lambda item: (-frequency[item], item))
+    new = [item for item in frequency if item not in known]
+    order = [*known, *sorted(new, key=lambda item: (-frequency[item], item))]
     row = {item: RESERVED + place for place, item in enumerate(order)}
     users, counts = {}, Counter()
     for user in {event["user"] for event in events}:
