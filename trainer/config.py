@@ -212,8 +212,11 @@ def _check_combinations(config: Config) -> None:
             f"data.overlap_tokens={data.overlap_tokens} must be below "
             f"data.batch_tokens={data.batch_tokens}"
         )
-    if loss.kind == "sampled" and loss.negatives < 1:
-        raise InputError(f"loss.negatives={loss.negatives} with loss.kind=sampled; draw at least 1")
+    if loss.kind == "sampled" and loss.negatives < (0 if loss.in_batch else 1):
+        raise InputError(
+            f"loss.negatives={loss.negatives} with loss.kind=sampled; draw at least 1, or 0 with "
+            "loss.in_batch=true"
+        )
     parts = config.trainer.monitor.split(".")
     if len(parts) != 3 or parts[0] != "validation" or parts[1] not in ("filtered", "unfiltered"):
         raise InputError(

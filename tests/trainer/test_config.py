@@ -40,7 +40,7 @@ def test_small_numbers_in_yaml_are_numbers():
         ("+model.depth=3", "model.depth is no key of the config"),
         ("model=bidirectional", "train it with data=prefixes"),
         ("data.overlap_tokens=16384", "must be below data.batch_tokens=16384"),
-        ("loss.kind=sampled", "loss.negatives=0 with loss.kind=sampled; draw at least 1"),
+        ("loss.kind=sampled", "loss.negatives=0 with loss.kind=sampled; draw at least 1, or 0"),
         ("trainer.learning_rate=0", "trainer.learning_rate=0.0 must be above 0"),
         ("trainer.monitor=test.filtered.hr@10", "is no validation figure"),
         ("trainer.monitor=validation.filtered.hr@5", "ends in hr@5; it is one of hr@10"),
