@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import LoadPlanner
 
 from data.errors import InputError
 from data.schema import write_atomically
@@ -95,9 +96,10 @@ def save(
     return final
 
 
-def load(folder: Path, sharded: Sharded) -> RunState:
+def load(folder: Path, sharded: Sharded, planner: LoadPlanner | None = None) -> RunState:
     """Load weights and optimizer state in place, at any number of ranks and sharding. Collective.
 
+    planner: what is read for what is there; by default sizes must be equal.
     Raises InputError for a folder that is no checkpoint of this model.
     """
     state = read_state(folder)
@@ -107,22 +109,29 @@ def load(folder: Path, sharded: Sharded) -> RunState:
         if name != "table":
             optimizer.init_state()
     target = _tensors(sharded)
-    _load(target, folder)
+    _load(target, folder, planner)
     sharded.model.load_state_dict(target["model"])
     sharded.optimizer.load_state_dict(target["optimizer"])
+    sharded.optimizer.set_optimizer_step(_steps_taken(sharded))
     return state
 
 
-def load_weights(folder: Path, sharded: Sharded) -> None:
-    """Load the weights alone, for a run that starts from another's. Collective."""
+def _steps_taken(sharded: Sharded) -> int:
+    """The dense optimizer's count, warm starts included: FBGEMM's Adam stores none of its own."""
+    dense = dict(sharded.optimizer.optimizers)["matrices"]
+    return int(next(iter(dense.state.values()))["step"])
+
+
+def load_weights(folder: Path, sharded: Sharded, planner: LoadPlanner | None = None) -> None:
+    """Load the weights alone. Collective. `planner` as in `load`."""
     target = {"model": sharded.model.state_dict()}
-    _load(target, folder)
+    _load(target, folder, planner)
     sharded.model.load_state_dict(target["model"])
 
 
-def _load(target: dict[str, Any], folder: Path) -> None:
+def _load(target: dict[str, Any], folder: Path, planner: LoadPlanner | None) -> None:
     try:
-        dcp.load(target, checkpoint_id=str(folder))
+        dcp.load(target, checkpoint_id=str(folder), planner=planner)
     except dcp.api.CheckpointException as error:
         causes = [one[0] for one in error.failures.values()]
         reason = (str(causes[0]).strip() or repr(causes[0])).splitlines()[0]

@@ -93,6 +93,7 @@ class Config:
     run_dir: str
     seed: int
     init_from: str | None
+    init_optimizer: bool
     dry_run: bool
 
     @classmethod

@@ -25,8 +25,9 @@ from trainer.distributed import World, process_group, quiet_libraries
 from trainer.finish import finish
 from trainer.loop import Run, train
 from trainer.report import SUMMARY
-from trainer.run_folder import RunFolder, run_folder, start_point
+from trainer.run_folder import RunFolder, run_folder
 from trainer.sharding import Sharded, describe_memory, describe_plan, plan_table, shard
+from trainer.warm_start import warm_start
 
 
 @command("train")
@@ -55,11 +56,11 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
     validation = build.evaluation_batches(config, dataset, "validation", world)
     test = build.evaluation_batches(config, dataset, "test", world)
 
-    with run_folder(run_dir, config, dataset, world) as folder:
+    with run_folder(run_dir, config, dataset, vocabulary, world) as folder:
         if build.captures(config, world):
             model.capture(build.sample_batch(config, drawn).to(world.device))
         sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
-        before = first_state(config, folder, dataset, sharded)
+        before = first_state(config, folder, vocabulary, sharded, world)
         with build.training_steps(config, dataset, drawn, world, before) as steps:
             observer = build.observer(config, dataset, run_dir, world, steps, before)
             run = Run(
@@ -83,15 +84,17 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
 
 
 def first_state(
-    config: Config, folder: RunFolder, dataset: HistoryDataset, sharded: Sharded
+    config: Config, folder: RunFolder, vocabulary: Vocabulary, sharded: Sharded, world: World
 ) -> RunState:
-    """The newest checkpoint's state, or a new one, from another run's weights with init_from."""
+    """The newest checkpoint's state, or a new one, with init_from of another run's model."""
     if folder.newest is not None:
         state = checkpoint.load(folder.newest, sharded)
         checkpoint.require(folder.path, state.best_step)
         return state
     if config.init_from:
-        checkpoint.load_weights(start_point(config.init_from, dataset), sharded)
+        report = warm_start(config, vocabulary, sharded)
+        if world.is_main:
+            print(report, flush=True)
     return RunState()
 
 

@@ -16,7 +16,8 @@ import yaml
 from data.errors import InputError
 from data.reader import HistoryDataset
 from data.schema import MANIFEST, write_atomically
-from trainer.checkpoint import CONFIG, FOLDER, STATE, find, list_checkpoints
+from data.vocabulary import Vocabulary
+from trainer.checkpoint import CONFIG, FOLDER, STATE, list_checkpoints
 from trainer.config import Config
 from trainer.distributed import World
 
@@ -47,14 +48,14 @@ class RunFolder:
 
 @contextmanager
 def run_folder(
-    run_dir: Path, config: Config, dataset: HistoryDataset, world: World
+    run_dir: Path, config: Config, dataset: HistoryDataset, vocabulary: Vocabulary, world: World
 ) -> Iterator[RunFolder]:
     """Take the folder for this run until the block ends, and write its config.yaml. Collective.
 
     Raises InputError when another live run has it, when it cannot be written, or when it holds a
     run of another config or data set, naming each key that differs.
     """
-    content = describe(config, dataset)
+    content = describe(config, dataset, vocabulary)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     lock = _take(run_dir) if world.is_main else None
     dist.barrier()  # until here rank 0 may remove what a killed run left
@@ -72,29 +73,15 @@ def run_folder(
             lock.close()
 
 
-def describe(config: Config, dataset: HistoryDataset) -> dict[str, Any]:
+def describe(config: Config, dataset: HistoryDataset, vocabulary: Vocabulary) -> dict[str, Any]:
     """The config as plain values, with what identifies its data set and the meaning of its rows."""
     content = asdict(config)
     content["data"]["path"] = str(dataset.folder.resolve())
     manifest = (dataset.folder / MANIFEST).read_bytes()
     content["data_sha256"] = hashlib.sha256(manifest).hexdigest()
-    content["vocabulary_sha256"] = dataset.manifest.vocabulary.sha256
+    items = vocabulary.size
+    content["vocabulary"] = {"items": items, "sha256": vocabulary.digest(items)}
     return content
-
-
-def start_point(path: str, dataset: HistoryDataset) -> Path:
-    """The checkpoint that `init_from` names, if its rows mean the items of this data set.
-
-    Raises InputError otherwise: a table row is an item only through its vocabulary.
-    """
-    folder = find(Path(path))
-    before = yaml.safe_load((folder / CONFIG).read_text())
-    if before.get("vocabulary_sha256") != dataset.manifest.vocabulary.sha256:
-        raise InputError(
-            f"init_from={path} was trained with another vocabulary than {dataset.folder}: its rows "
-            "are other items; start from a run on this data set"
-        )
-    return folder
 
 
 def _take(run_dir: Path) -> Any:

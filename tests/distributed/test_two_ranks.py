@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from modules.item_table import fill_rows
 from tests.conftest import ROOT
-from tests.distributed.worker import SHARDINGS
+from tests.distributed.worker import GROWN_ROWS, ROWS, SHARDINGS, WIDTH
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -70,6 +72,24 @@ def test_best_items_are_merged_over_shards(results, sharding):
 def test_checkpoint_of_two_ranks_resumes_anywhere(results, ranks, sharding):
     uninterrupted = results[2]["full row_wise"][4:]
     assert results[ranks][f"resumed {sharding}"] == pytest.approx(uninterrupted, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "optimizer", "sharding"),
+    [
+        *((ranks, "adagrad", sharding) for ranks in (1, 2) for sharding in SHARDINGS),
+        (2, "rowwise_adagrad", "column_wise"),
+    ],
+)
+def test_a_larger_table_goes_on_from_a_checkpoint(results, ranks, optimizer, sharding):
+    small, large = (f"{optimizer} {sharding} {rows}" for rows in (ROWS, GROWN_ROWS))
+    found = results[ranks]
+    new = torch.empty(GROWN_ROWS - ROWS, WIDTH)
+    fill_rows(new, 3, ROWS)
+    assert found[f"rows {large}"] == found[f"rows {small}"] + new.tolist()
+    assert found[f"loss {large}"] == pytest.approx(found[f"loss {small}"], rel=2e-6)
+    if optimizer == "adagrad":
+        assert found[f"rows {large}"] == results[2][f"rows adagrad row_wise {GROWN_ROWS}"]
 
 
 def test_no_thread_of_the_group_outlives_it(results):

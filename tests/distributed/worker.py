@@ -26,8 +26,10 @@ from trainer.distributed import World, process_group, quiet_libraries
 from trainer.evaluate import top_items
 from trainer.loop import Run, train_step
 from trainer.sharding import Sharded, plan_table, shard
+from trainer.warm_start import GrownTable
 
 ROWS, WIDTH, TOKENS, NEGATIVES, STEPS = 101, 16, 32, 24, 8
+GROWN_ROWS = 118
 TRAIN = TrainerConfig(
     "cpu", "fp32", False, 1, 1e-2, 0.9, 0.98, 0.1, 1.0, "constant", 0, 1, "", 0, "all", 0, 1, 1
 )
@@ -48,22 +50,25 @@ def measure(world: World, checkpoints: Path | None) -> dict:
     results: dict = {}
     for sharding in SHARDINGS:
         sharded = build(world, sharding, FullSoftmax(world.rank))
-        results[f"rows {sharding}"] = first_rows(sharded, world)
+        results[f"rows {sharding}"] = table_rows(sharded)
         results[f"full {sharding}"] = [step(sharded, world, n, sampled=False) for n in range(8)]
         results[f"top {sharding}"] = best(sharded, world)
-    sampled = build(world, "row_wise", SampledSoftmax(NEGATIVES, False, True))
+    sampled = build(world, "row_wise", loss())
     results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
     if checkpoints is not None:
         results |= resume(world, checkpoints)
+        results |= grow(world, checkpoints)
     return results
 
 
-def build(world: World, sharding: str, loss) -> Sharded:
-    table = TableConfig(sharding, "fp32", "adagrad", 0.05, 0.9, 0.98, 1e-8)
+def build(
+    world: World, sharding: str, loss, rows: int = ROWS, optimizer: str = "adagrad"
+) -> Sharded:
+    table = TableConfig(sharding, "fp32", optimizer, 0.05, 0.9, 0.98, 1e-8)
     torch.manual_seed(1)
     encoder = Encoder("causal", WIDTH, 1, 4, 8, 2, 4, 0.0, True)
-    recommender = Recommender(ItemTable(ROWS, WIDTH, device=torch.device("meta")), encoder, loss)
-    plan = plan_table(recommender, table, world, TOKENS, ROWS)
+    recommender = Recommender(ItemTable(rows, WIDTH, device=torch.device("meta")), encoder, loss)
+    plan = plan_table(recommender, table, world, TOKENS, rows)
     return shard(recommender, plan, table, TRAIN, world, seed=3)
 
 
@@ -101,10 +106,10 @@ def global_batch(number: int, world: World, sampled: bool) -> SequenceBatch:
     return SequenceBatch.build(history, candidates, bounds, wanted, None, log_counts, 25.0)
 
 
-def first_rows(sharded: Sharded, world: World) -> list[list[float]]:
-    """The table's rows by lookup, before any step."""
-    ids = torch.arange(ROWS)
-    batch = SequenceBatch.build(ids, ids[:1], torch.tensor([0, ROWS]), ids)
+def table_rows(sharded: Sharded, rows: int = ROWS) -> list[list[float]]:
+    """The table's rows by lookup."""
+    ids = torch.arange(rows)
+    batch = SequenceBatch.build(ids, ids[:1], torch.tensor([0, rows]), ids)
     with torch.no_grad():
         return sharded.recommender.table(batch.features)[0].tolist()
 
@@ -131,6 +136,34 @@ def resume(world: World, folder: Path) -> dict[str, list[float]]:
             step(sharded, world, number, sampled=False) for number in range(4, STEPS)
         ]
     return results
+
+
+def grow(world: World, folder: Path) -> dict[str, list]:
+    """Load into a larger table what `resume` saved, and what a row-wise optimizer saved by columns.
+
+    The sampled loss touches no new row, so it must go on as with the table of the checkpoint.
+    """
+    results = {}
+    if world.size == 2:
+        sharded = build(world, "column_wise", loss(), optimizer="rowwise_adagrad")
+        for number in range(4):
+            step(sharded, world, number, sampled=True)
+        save(folder, sharded, RunState(step=5), world, "", {})
+    cases = [("adagrad", sharding, 4) for sharding in SHARDINGS]
+    if world.size == 2:  # its state has a part for each column shard
+        cases.append(("rowwise_adagrad", "column_wise", 5))
+    for optimizer, sharding, saved in cases:
+        for rows in (ROWS, GROWN_ROWS):
+            sharded = build(world, sharding, loss(), rows, optimizer)
+            load(checkpoint_path(folder, saved), sharded, GrownTable(ROWS, rows))
+            name = f"{optimizer} {sharding} {rows}"
+            results[f"rows {name}"] = table_rows(sharded, rows)
+            results[f"loss {name}"] = [step(sharded, world, n, sampled=True) for n in range(4)]
+    return results
+
+
+def loss() -> SampledSoftmax:
+    return SampledSoftmax(NEGATIVES, False, True)
 
 
 if __name__ == "__main__":
