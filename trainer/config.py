@@ -42,6 +42,8 @@ class LossConfig:
 class TableConfig:
     sharding: Literal["auto", "row_wise", "table_wise", "column_wise"]
     dtype: Literal["fp32", "fp16"]
+    offload: Literal["none", "uvm", "uvm_caching"]
+    cache_share: float
     optimizer: str
     learning_rate: float
     beta1: float
@@ -182,6 +184,8 @@ def _check_values(config: Config) -> None:
     ]:
         if not 0.0 <= share < 1.0:
             raise InputError(f"{key}={share} is outside [0, 1)")
+    if not 0.0 < table.cache_share < 1.0:
+        raise InputError(f"embedding.cache_share={table.cache_share} is outside (0, 1)")
     for key, rate in [
         ("trainer.learning_rate", train.learning_rate),
         ("embedding.learning_rate", table.learning_rate),

@@ -22,11 +22,12 @@ from trainer import build, checkpoint
 from trainer.checkpoint import RunState
 from trainer.config import Config, resolve_paths
 from trainer.distributed import World, process_group, quiet_libraries
+from trainer.dry_run import report_dry_run
 from trainer.finish import finish
 from trainer.loop import Run, train
 from trainer.report import SUMMARY
 from trainer.run_folder import RunFolder, run_folder
-from trainer.sharding import Sharded, describe_memory, describe_plan, plan_table, shard
+from trainer.sharding import Sharded, describe_plan, plan_table, shard
 from trainer.warm_start import warm_start
 
 
@@ -49,9 +50,9 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
     looked_up = build.candidate_count(config, dataset.table_rows, world)
     plan = plan_table(model, config.embedding, world, config.data.batch_tokens, looked_up)
     if world.is_main:
-        print("\n".join(describe_plan(plan)))
-        print("\n".join(describe_memory(model, config.embedding, world)), flush=True)
+        print("\n".join(describe_plan(plan, config.embedding, world)), flush=True)
     if config.dry_run:
+        report_dry_run(config, model, plan, dataset.table_rows, world)
         return
     validation = build.evaluation_batches(config, dataset, "validation", world)
     test = build.evaluation_batches(config, dataset, "test", world)

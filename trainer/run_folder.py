@@ -28,6 +28,8 @@ FREE_KEYS = {
     "dry_run",
     "data.path",  # the data's fingerprint is compared instead
     "embedding.sharding",
+    "embedding.offload",
+    "embedding.cache_share",
     "trainer.max_epochs",
     "trainer.patience",
     "trainer.keep_checkpoints",

@@ -64,7 +64,7 @@ def measure(world: World, checkpoints: Path | None) -> dict:
 def build(
     world: World, sharding: str, loss, rows: int = ROWS, optimizer: str = "adagrad"
 ) -> Sharded:
-    table = TableConfig(sharding, "fp32", optimizer, 0.05, 0.9, 0.98, 1e-8)
+    table = TableConfig(sharding, "fp32", "none", 0.1, optimizer, 0.05, 0.9, 0.98, 1e-8)
     torch.manual_seed(1)
     encoder = Encoder("causal", WIDTH, 1, 4, 8, 2, 4, 0.0, True)
     recommender = Recommender(ItemTable(rows, WIDTH, device=torch.device("meta")), encoder, loss)

@@ -47,6 +47,8 @@ def test_small_numbers_in_yaml_are_numbers():
         ("trainer.learning_rate=nan", "trainer.learning_rate=nan is not a finite number"),
         ("trainer.learning_rate=true", "trainer.learning_rate=True is not of type float"),
         ("trainer.beta1=7", r"trainer.beta1=7.0 is outside \[0, 1\)"),
+        ("embedding.offload=disk", "embedding.offload=disk is unknown; it is one of none, uvm"),
+        ("embedding.cache_share=1", r"embedding.cache_share=1.0 is outside \(0, 1\)"),
         ("seed=-1", r"seed=-1 is outside \[0, 2.31\)"),
     ],
 )

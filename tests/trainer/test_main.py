@@ -267,6 +267,9 @@ def test_dry_run_plans_and_writes_nothing(data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "rank 0: rows 0 to 38, columns 0 to 16" in done.stdout
+    assert "rank 0: weights 2.4 KiB, optimizer state 0.1 KiB in host memory" in done.stdout
+    assert "rank 0 in all, estimate: " in done.stdout
+    assert "expected step time, estimate: " in done.stdout
     assert not run_dir.exists()
 
 
