@@ -111,15 +111,10 @@ def rows_of(run: Run, ids: torch.Tensor) -> torch.Tensor:
 def test_an_offloaded_table_is_the_one_in_memory(world, tmp_path, offload, optimizer):
     rows = 50_000
     steps, every = batches(rows, 6), torch.arange(rows)
-    here = run_of(world, rows, f"embedding.optimizer={optimizer}")
-    there = run_of(
-        world,
-        rows,
-        f"embedding.optimizer={optimizer}",
-        f"embedding.offload={offload}",
-        "embedding.cache_share=0.02",
-    )
-    torch.testing.assert_close(rows_of(there, every), rows_of(here, every), rtol=0, atol=0)
+    chosen = [f"embedding.optimizer={optimizer}", "embedding.cache_share=0.02"]
+    here = run_of(world, rows, *chosen)
+    there = run_of(world, rows, *chosen, f"embedding.offload={offload}")
+    assert_rows_equal(there, rows_of(here, every))
     for number, step in enumerate(steps):
         losses = [train_step(run, step, number) for run in (here, there)]
         torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
@@ -130,10 +125,24 @@ def test_an_offloaded_table_is_the_one_in_memory(world, tmp_path, offload, optim
     save(tmp_path, there.sharded, RunState(step=6), world, "", {})
     for number, step in enumerate(steps):
         train_step(there, step, number)
-    assert not torch.equal(rows_of(there, every), trained)
-    for run in (there, here):
+    further = rows_of(there, every)
+    assert not torch.equal(further, trained)
+    load(checkpoint_path(tmp_path, 6), there.sharded)
+    assert_rows_equal(there, trained)
+
+    # A new process goes on as if nothing had happened, wherever the table lies.
+    for place in ("none", offload):
+        run = run_of(world, rows, *chosen, f"embedding.offload={place}")
         load(checkpoint_path(tmp_path, 6), run.sharded)
-        torch.testing.assert_close(rows_of(run, every), trained, rtol=0, atol=0)
+        assert_rows_equal(run, trained)
+        for number, step in enumerate(steps):
+            train_step(run, step, number)
+        torch.testing.assert_close(rows_of(run, every), further, rtol=1e-3, atol=1e-4)
+
+
+def assert_rows_equal(run: Run, expected: torch.Tensor) -> None:
+    found = rows_of(run, torch.arange(len(expected)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_hundred_million_rows_of_fp16(world):
