@@ -89,36 +89,20 @@ def plan_table(
             "memory anyway; use embedding.offload=none"
         )
     config = replace(config, optimizer=table_optimizer(config.optimizer, world.device))
-    # Not column-wise unless asked: it changes what a row-wise optimizer does.
-    kinds = ["row_wise", "table_wise"] if config.sharding == "auto" else [config.sharding]
-    cached = config.offload == "uvm_caching"
-    constraint = ParameterConstraints(
-        sharding_types=kinds,
-        compute_kernels=[KERNELS[config.offload].value],
-        cache_params=CacheParams(load_factor=config.cache_share) if cached else None,
-        min_partition=_least_columns(module, world.size),
-        pooling_factors=[float(batch_tokens), float(candidates)],
-        num_poolings=[1.0, 1.0],
-        batch_sizes=[1, 1],
-    )
-    rows, width = next(iter(module.table.parameters())).shape
-    whole = TableMemory.of(rows, width, config, world.device)
+    whole = TableMemory.of(*_shape(module), config, world.device)
     there = free_memory(world)
     planner = EmbeddingShardingPlanner(
         topology=_topology(whole, there, world),
         batch_size=1,
-        constraints={TABLE: constraint},
+        constraints={TABLE: _constraint(module, config, world, batch_tokens, candidates)},
         storage_reservation=FixedPercentageStorageReservation(0.0),
         debug=False,
     )
     try:
         plan = planner.collective_plan(module, [sharder(config)], dist.GroupMember.WORLD)
     except PlannerError as error:
-        if config.sharding == "column_wise":
-            width = _least_columns(module, world.size)
-        elif config.sharding != "table_wise":
-            rows = -(-rows // world.size)
-        require_room(TableMemory.of(rows, width, config, world.device), there, config, world)
+        least = TableMemory.of(*_least_shard(module, config, world), config, world.device)
+        require_room(least, there, config, world)
         raise InputError(
             f"no embedding.sharding={config.sharding} of the item table fits beside the rows that "
             f"a batch looks up ({str(error).strip().splitlines()[0]}); use a smaller "
@@ -127,6 +111,23 @@ def plan_table(
     for part in memory_by_rank(plan, config, world):
         require_room(part, there, config, world)
     return plan
+
+
+def _constraint(
+    module: Recommender, config: TableConfig, world: World, batch_tokens: int, candidates: int
+) -> ParameterConstraints:
+    # Not column-wise unless asked: it changes what a row-wise optimizer does.
+    kinds = ["row_wise", "table_wise"] if config.sharding == "auto" else [config.sharding]
+    cached = config.offload == "uvm_caching"
+    return ParameterConstraints(
+        sharding_types=kinds,
+        compute_kernels=[KERNELS[config.offload].value],
+        cache_params=CacheParams(load_factor=config.cache_share) if cached else None,
+        min_partition=_least_columns(module, world.size),
+        pooling_factors=[float(batch_tokens), float(candidates)],
+        num_poolings=[1.0, 1.0],
+        batch_sizes=[1, 1],
+    )
 
 
 def sharder(config: TableConfig) -> EmbeddingCollectionSharder:
@@ -230,10 +231,27 @@ def _adamw(
     )
 
 
+def _shape(module: Recommender) -> tuple[int, int]:
+    """Rows and width of the item table."""
+    rows, width = next(iter(module.table.parameters())).shape
+    return rows, width
+
+
 def _least_columns(module: Recommender, ranks: int) -> int:
     """Columns a shard at least under column_wise: an equal share, in FBGEMM's multiples of 4."""
-    width = next(iter(module.table.parameters())).shape[1]
-    return max(4, width // ranks // 4 * 4)
+    return max(4, _shape(module)[1] // ranks // 4 * 4)
+
+
+def _least_shard(module: Recommender, config: TableConfig, world: World) -> tuple[int, int]:
+    """Rows and columns of the smallest largest shard that the sharding allows."""
+    rows, width = _shape(module)
+    match config.sharding:
+        case "table_wise":
+            return rows, width
+        case "column_wise":
+            return rows, _least_columns(module, world.size)
+        case _:
+            return -(-rows // world.size), width
 
 
 def describe_plan(plan: ShardingPlan, config: TableConfig, world: World) -> list[str]:
