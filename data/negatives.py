@@ -51,6 +51,7 @@ class SampledCandidates:
 
     kind: `uniform` over the items, or `popularity`, in proportion to the training events in
         `counts` (one integer a table row, reserved rows 0); items never seen are never drawn.
+    count: K; 0 with `in_batch` alone, which then are the only negatives.
     in_batch: the other positions' targets are negatives too. The log count is then of the mixture,
         K·q(c) + n·p(c) with n the pack's targets and p the item's share of training events.
         Without it the draws carry log(K·q(c)), and the target part, only looked up, carries 0.
@@ -69,17 +70,17 @@ class SampledCandidates:
     ) -> None:
         if kind not in ("uniform", "popularity"):
             raise InputError(f"negatives of kind {kind} are unknown: use uniform or popularity")
-        if count < 1:
+        if count < (0 if in_batch else 1):
             raise InputError(f"the number of negatives, {count}, must be at least 1")
         if len(counts) <= RESERVED_ROWS or counts[:RESERVED_ROWS].any():
             raise ValueError("counts must hold one integer a table row, 0 for the reserved rows")
         self.kind, self.count, self.in_batch, self.seed = kind, count, in_batch, seed
-        self._rows = len(counts)
-        self._cumulative_V = np.cumsum(counts, dtype=np.int64)
-        self._events = int(self._cumulative_V[-1])
+        self._counts_V = counts
+        self._events = int(counts.sum())
         if self._events == 0 and (kind == "popularity" or in_batch):
             raise InputError("the vocabulary counts no training event; convert the log again")
-        self._share_V = (counts / max(self._events, 1)).astype(np.float32)
+        if kind == "popularity":
+            self._cumulative_V = np.cumsum(counts, dtype=np.int64)
 
     def for_pack(self, position: int, targets_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         candidates_C = np.concatenate([self._draw(position), targets_S])
@@ -88,7 +89,7 @@ class SampledCandidates:
             used_C = candidates_C != PADDING_ROW
             targets = np.count_nonzero(used_C) - self.count
             ids = candidates_C[used_C]
-            expected = self._expected(ids) + np.float32(targets) * self._share_V[ids]
+            expected = self._expected(ids) + targets * self._share(ids)
             if not expected.all():
                 item = int(ids[expected == 0][0])
                 raise InputError(
@@ -104,12 +105,16 @@ class SampledCandidates:
         """K item rows, int64, ascending."""
         random = generator(self.seed, Purpose.NEGATIVES, position)
         if self.kind == "uniform":
-            return np.sort(random.integers(RESERVED_ROWS, self._rows, self.count))
+            return np.sort(random.integers(RESERVED_ROWS, len(self._counts_V), self.count))
         events = np.sort(random.integers(0, self._events, self.count))
         return self._cumulative_V.searchsorted(events, side="right")
 
     def _expected(self, ids: np.ndarray) -> np.ndarray:
-        """float32 K·q(id), the expected count of each id among the draws."""
+        """K·q(id), the expected count of each id among the draws."""
         if self.kind == "uniform":
-            return np.full(len(ids), self.count / (self._rows - RESERVED_ROWS), dtype=np.float32)
-        return np.float32(self.count) * self._share_V[ids]
+            return np.full(len(ids), self.count / (len(self._counts_V) - RESERVED_ROWS))
+        return self.count * self._share(ids)
+
+    def _share(self, ids: np.ndarray) -> np.ndarray:
+        """Each id's share of the training events."""
+        return self._counts_V[ids] / self._events

@@ -4,6 +4,7 @@ The items of a data set stand in a row behind the reserved rows, most frequent f
 an item is its place in the list plus RESERVED_ROWS.
 """
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 
@@ -61,6 +62,17 @@ class Vocabulary:
     def table_rows(self) -> int:
         """How many rows the item table needs: the items and the reserved rows."""
         return RESERVED_ROWS + self.size
+
+    def digest(self, items: int) -> str:
+        """SHA-256 of the raw ids of the first `items` items: equal ids in equal rows."""
+        ids = self.item_ids.slice(0, items)
+        if not _is_text(ids.type):
+            return hashlib.sha256(ids.cast(pa.int64()).to_numpy()).hexdigest()
+        ids = ids.cast(pa.large_string())
+        digest = hashlib.sha256(pc.binary_length(ids).to_numpy())
+        offsets = np.frombuffer(ids.buffers()[1], np.int64)[ids.offset :]
+        digest.update(memoryview(ids.buffers()[2])[offsets[0] : offsets[len(ids)]])
+        return digest.hexdigest()
 
     def rows(self, raw_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """The table row of each raw id, int64; UNKNOWN (-1) for null and for what is not an item.

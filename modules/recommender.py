@@ -43,8 +43,12 @@ class Recommender(nn.Module):
     def hidden(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """(hidden states [S, D] at the read positions, candidate rows [C, D])."""
         x_TD, c_CD = self.table(batch.features)
+        return self.encode(x_TD, batch.offsets_B1, batch.read_positions_S), c_CD
+
+    def encode(self, x_TD: Tensor, offsets_B1: Tensor, read_positions_S: Tensor | None) -> Tensor:
+        """The encoder alone, with its products in `autocast`; hidden states [S, D]."""
         with _products(x_TD, self.autocast):
-            return self.encoder(x_TD, batch.offsets_B1, batch.read_positions_S), c_CD
+            return self.encoder(x_TD, offsets_B1, read_positions_S)
 
     def capture(self, batch: SequenceBatch) -> None:
         """Capture encoder and loss, forward and backward, as CUDA graphs of this batch's shapes.

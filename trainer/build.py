@@ -120,10 +120,17 @@ def candidate_count(config: Config, table_rows: int, world: World) -> int:
     """Candidates of a rank's batch: its slice of the rows, or the draws and the targets."""
     if config.loss.kind == "full":
         return -(-table_rows // world.size)
-    return config.loss.negatives + _reads(config)
+    return config.loss.negatives + reads(config)
 
 
-def _reads(config: Config) -> int:
+def scored_candidates(config: Config, table_rows: int) -> int:
+    """Candidates that a position is scored against, over all ranks."""
+    if config.loss.kind == "full":
+        return table_rows
+    return config.loss.negatives + (reads(config) if config.loss.in_batch else 0)
+
+
+def reads(config: Config) -> int:
     """Read positions of a batch."""
     data = config.data
     return data.batch_tokens if data.samples == "histories" else data.max_sequences or 1
@@ -221,9 +228,7 @@ def observer(
 ) -> Observer:
     """The run's observer, which begins by saying what an epoch holds and what is resumed."""
     counts = steps.counts
-    scored = dataset.table_rows
-    if config.loss.kind == "sampled":
-        scored = config.loss.negatives + (_reads(config) if config.loss.in_batch else 0)
+    scored = scored_candidates(config, dataset.table_rows)
     eyes = Observer(
         run_dir,
         world,

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.checkpoint import LoadPlanner
 
 from data.errors import InputError, reason
 from data.schema import write_atomically
@@ -271,9 +272,10 @@ def host_copy(value: Any) -> Any:
     return value
 
 
-def load(folder: Path, sharded: Sharded) -> RunState:
+def load(folder: Path, sharded: Sharded, planner: LoadPlanner | None = None) -> RunState:
     """Load weights and optimizer state in place, at any number of ranks and sharding. Collective.
 
+    planner: what is read for what is there; by default sizes must be equal.
     Raises InputError for a folder that is no checkpoint of this model.
     """
     state = read_state(folder)
@@ -283,22 +285,29 @@ def load(folder: Path, sharded: Sharded) -> RunState:
         if name != "table":
             optimizer.init_state()
     target = _tensors(sharded)
-    _load(target, folder)
+    _load(target, folder, planner)
     sharded.model.load_state_dict(target["model"])
     sharded.optimizer.load_state_dict(target["optimizer"])
+    sharded.optimizer.set_optimizer_step(_steps_taken(sharded))
     return state
 
 
-def load_weights(folder: Path, sharded: Sharded) -> None:
-    """Load the weights alone, for a run that starts from another's. Collective."""
+def _steps_taken(sharded: Sharded) -> int:
+    """The dense optimizer's count, warm starts included: FBGEMM's Adam stores none of its own."""
+    dense = dict(sharded.optimizer.optimizers)["matrices"]
+    return int(next(iter(dense.state.values()))["step"])
+
+
+def load_weights(folder: Path, sharded: Sharded, planner: LoadPlanner | None = None) -> None:
+    """Load the weights alone. Collective. `planner` as in `load`."""
     target = {"model": sharded.model.state_dict()}
-    _load(target, folder)
+    _load(target, folder, planner)
     sharded.model.load_state_dict(target["model"])
 
 
-def _load(target: dict[str, Any], folder: Path) -> None:
+def _load(target: dict[str, Any], folder: Path, planner: LoadPlanner | None) -> None:
     try:
-        dcp.load(target, storage_reader=files.Reader(folder), planner=files.Planner())
+        dcp.load(target, storage_reader=files.Reader(folder), planner=planner or files.Planner())
     except dcp.api.CheckpointException as error:
         causes = [one[0] for one in error.failures.values()]
         if isinstance(causes[0], InputError):

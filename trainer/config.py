@@ -42,6 +42,8 @@ class LossConfig:
 class TableConfig:
     sharding: Literal["auto", "row_wise", "table_wise", "column_wise"]
     dtype: Literal["fp32", "fp16"]
+    offload: Literal["none", "uvm", "uvm_caching"]
+    cache_share: float
     optimizer: str
     learning_rate: float
     beta1: float
@@ -98,6 +100,7 @@ class Config:
     run_dir: str
     seed: int
     init_from: str | None
+    init_optimizer: bool
     dry_run: bool
 
     @classmethod
@@ -187,6 +190,8 @@ def _check_values(config: Config) -> None:
     ]:
         if not 0.0 <= share < 1.0:
             raise InputError(f"{key}={share} is outside [0, 1)")
+    if not 0.0 < table.cache_share < 1.0:
+        raise InputError(f"embedding.cache_share={table.cache_share} is outside (0, 1)")
     for key, rate in [
         ("trainer.learning_rate", train.learning_rate),
         ("embedding.learning_rate", table.learning_rate),
@@ -225,8 +230,11 @@ def _check_combinations(config: Config) -> None:
         raise InputError(
             f"data.overlap_tokens={data.overlap_tokens} must be below {limit}={tokens}"
         )
-    if loss.kind == "sampled" and loss.negatives < 1:
-        raise InputError(f"loss.negatives={loss.negatives} with loss.kind=sampled; draw at least 1")
+    if loss.kind == "sampled" and loss.negatives < (0 if loss.in_batch else 1):
+        raise InputError(
+            f"loss.negatives={loss.negatives} with loss.kind=sampled; draw at least 1, or 0 with "
+            "loss.in_batch=true"
+        )
     parts = config.trainer.monitor.split(".")
     if len(parts) != 3 or parts[0] != "validation" or parts[1] not in ("filtered", "unfiltered"):
         raise InputError(

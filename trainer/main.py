@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from configs.command import command
-from data.reader import HistoryDataset
 from data.vocabulary import Vocabulary
 from trainer import build, checkpoint
 from trainer.checkpoint import RunState, Saver
 from trainer.config import Config, resolve_paths
 from trainer.distributed import World, process_group, quiet_libraries
+from trainer.dry_run import report_dry_run
 from trainer.finish import finish
 from trainer.loop import Run, train
 from trainer.open_data import open_data
 from trainer.report import REPORT, SUMMARY, write_report
-from trainer.run_folder import RunFolder, run_folder, start_point
-from trainer.sharding import Sharded, describe_memory, describe_plan, plan_table, shard
+from trainer.run_folder import RunFolder, run_folder
+from trainer.sharding import Sharded, describe_plan, plan_table, shard
 from trainer.stop import stop_request
+from trainer.warm_start import warm_start
 from trainer.watchdog import Watchdog
 
 
@@ -52,9 +53,9 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
     looked_up = build.candidate_count(config, dataset.table_rows, world)
     plan = plan_table(model, config.embedding, world, config.data.batch_tokens, looked_up)
     if world.is_main:
-        print("\n".join(describe_plan(plan)))
-        print("\n".join(describe_memory(model, config.embedding, world)), flush=True)
+        print("\n".join(describe_plan(plan, config.embedding, world)), flush=True)
     if config.dry_run:
+        report_dry_run(config, model, plan, dataset.table_rows, world)
         return
     validation = build.evaluation_batches(config, dataset, "validation", world)
     test = build.evaluation_batches(config, dataset, "test", world)
@@ -62,11 +63,11 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
     with ExitStack() as stack:
         stop = stack.enter_context(stop_request())
         watchdog = stack.enter_context(Watchdog(config.trainer.stall_seconds, world.rank))
-        folder = stack.enter_context(run_folder(run_dir, config, dataset, world))
+        folder = stack.enter_context(run_folder(run_dir, config, dataset, vocabulary, world))
         if build.captures(config, world):
             model.capture(build.sample_batch(config, drawn).to(world.device))
         sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
-        before = first_state(config, folder, dataset, sharded, world)
+        before = first_state(config, folder, vocabulary, sharded, world)
         steps = stack.enter_context(build.training_steps(config, dataset, drawn, world, before))
         observer = build.observer(config, dataset, run_dir, world, steps, before, stop)
         stack.callback(observer.close)
@@ -104,17 +105,17 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
 
 
 def first_state(
-    config: Config, folder: RunFolder, dataset: HistoryDataset, sharded: Sharded, world: World
+    config: Config, folder: RunFolder, vocabulary: Vocabulary, sharded: Sharded, world: World
 ) -> RunState:
-    """The newest checkpoint's state, or a new one, from another run's weights with init_from."""
+    """The newest checkpoint's state, or a new one, with init_from of another run's model."""
     if folder.newest is not None:
         state = checkpoint.load(folder.newest, sharded)
         checkpoint.require(folder.path, state.best_step)
         return state
     if config.init_from:
-        start = start_point(config.init_from, dataset)
-        checkpoint.verify(start, world)
-        checkpoint.load_weights(start, sharded)
+        report = warm_start(config, vocabulary, sharded, world)
+        if world.is_main:
+            print(report, flush=True)
     return RunState()
 
 

@@ -19,7 +19,8 @@ import yaml
 from data.errors import InputError
 from data.reader import HistoryDataset
 from data.schema import MANIFEST, write_atomically
-from trainer.checkpoint import CONFIG, FOLDER, find, find_damage, list_checkpoints
+from data.vocabulary import Vocabulary
+from trainer.checkpoint import CONFIG, FOLDER, find_damage, list_checkpoints
 from trainer.config import Config
 from trainer.distributed import World
 
@@ -33,6 +34,8 @@ FREE_KEYS = {
     "data.path",  # the data's fingerprint is compared instead
     "data.damaged_files",  # and which files were left out
     "embedding.sharding",
+    "embedding.offload",
+    "embedding.cache_share",
     "trainer.max_epochs",
     "trainer.patience",
     "trainer.keep_checkpoints",
@@ -56,14 +59,14 @@ class RunFolder:
 
 @contextmanager
 def run_folder(
-    run_dir: Path, config: Config, dataset: HistoryDataset, world: World
+    run_dir: Path, config: Config, dataset: HistoryDataset, vocabulary: Vocabulary, world: World
 ) -> Iterator[RunFolder]:
     """Take the folder for this run until the block ends, and write its config.yaml. Collective.
 
     Raises InputError when another live run has it, when it cannot be written, or when it holds a
     run of another config or data set, naming each key that differs.
     """
-    content = describe(config, dataset)
+    content = describe(config, dataset, vocabulary)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     require_agreement(text, world)
     lock = _take(run_dir) if world.is_main else None
@@ -159,31 +162,17 @@ def _reads(path: Path, token: str, seconds: float) -> bool:
         time.sleep(0.1)
 
 
-def describe(config: Config, dataset: HistoryDataset) -> dict[str, Any]:
+def describe(config: Config, dataset: HistoryDataset, vocabulary: Vocabulary) -> dict[str, Any]:
     """The config as plain values, with what identifies its data set and the meaning of its rows."""
     content = asdict(config)
     content["data"]["path"] = str(dataset.folder.resolve())
     manifest = (dataset.folder / MANIFEST).read_bytes()
     content["data_sha256"] = hashlib.sha256(manifest).hexdigest()
-    content["vocabulary_sha256"] = dataset.manifest.vocabulary.sha256
+    items = vocabulary.size
+    content["vocabulary"] = {"items": items, "sha256": vocabulary.digest(items)}
     if dataset.left_out:
         content["data_skipped"] = dataset.left_out
     return content
-
-
-def start_point(path: str, dataset: HistoryDataset) -> Path:
-    """The checkpoint that `init_from` names, if its rows mean the items of this data set.
-
-    Raises InputError otherwise: a table row is an item only through its vocabulary.
-    """
-    folder = find(Path(path))
-    before = yaml.safe_load((folder / CONFIG).read_text())
-    if before.get("vocabulary_sha256") != dataset.manifest.vocabulary.sha256:
-        raise InputError(
-            f"init_from={path} was trained with another vocabulary than {dataset.folder}: its rows "
-            "are other items; start from a run on this data set"
-        )
-    return folder
 
 
 def _take(run_dir: Path) -> Any:

@@ -5,9 +5,7 @@ never has a gradient tensor; everything else is data parallel with AdamW.
 """
 
 import logging
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import SGD, Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -31,6 +29,7 @@ from modules.item_table import TABLE, fill_rows
 from modules.recommender import Recommender
 from trainer.config import TableConfig, TrainerConfig
 from trainer.distributed import World
+from trainer.memory import Memory, TableMemory, free_memory, memory_by_rank, require_room
 
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 # What FBGEMM 1.6 and 1.8 have for each device; on the CPU every Adam fails.
@@ -38,15 +37,11 @@ TABLE_OPTIMIZERS = {
     "cpu": ("rowwise_adagrad", "adagrad", "sgd"),
     "cuda": ("adam", "partial_rowwise_adam", "rowwise_adagrad", "adagrad", "sgd"),
 }
-# Numbers of optimizer state beside a row of D weights, as a multiple of D and a constant.
-STATE_NUMBERS = {
-    "adam": (2, 0),
-    "partial_rowwise_adam": (1, 1),
-    "rowwise_adagrad": (0, 1),
-    "adagrad": (1, 0),
-    "sgd": (0, 0),
+KERNELS = {
+    "none": EmbeddingComputeKernel.FUSED,
+    "uvm": EmbeddingComputeKernel.FUSED_UVM,
+    "uvm_caching": EmbeddingComputeKernel.FUSED_UVM_CACHING,
 }
-RESERVED_SHARE = 0.15  # of the device's memory, for activations and the dense part
 
 
 @dataclass(frozen=True)
@@ -83,50 +78,77 @@ def table_optimizer(name: str, device: torch.device) -> str:
 def plan_table(
     module: Recommender, config: TableConfig, world: World, batch_tokens: int, candidates: int
 ) -> ShardingPlan:
-    """The planner's choice within `embedding.sharding`, against the real memory of this device.
+    """The planner's choice within `embedding.sharding` and `embedding.offload`.
 
-    Collective. Raises InputError when no sharding fits, with the bytes needed and there.
+    Collective, and before anything is allocated. Raises InputError for an offload on the CPU, and
+    when no sharding fits the free memory, with the bytes needed and there.
     """
+    if config.offload != "none" and world.device.type == "cpu":
+        raise InputError(
+            f"embedding.offload={config.offload} is for CUDA: on the CPU the table is in host "
+            "memory anyway; use embedding.offload=none"
+        )
+    config = replace(config, optimizer=table_optimizer(config.optimizer, world.device))
+    whole = TableMemory.of(*_shape(module), config, world.device)
+    there = free_memory(world)
+    planner = EmbeddingShardingPlanner(
+        topology=_topology(whole, there, world),
+        batch_size=1,
+        constraints={TABLE: _constraint(module, config, world, batch_tokens, candidates)},
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        debug=False,
+    )
+    try:
+        plan = planner.collective_plan(module, [sharder(config)], dist.GroupMember.WORLD)
+    except PlannerError as error:
+        least = TableMemory.of(*_least_shard(module, config, world), config, world.device)
+        require_room(least, there, config, world)
+        raise InputError(
+            f"no embedding.sharding={config.sharding} of the item table fits beside the rows that "
+            f"a batch looks up ({str(error).strip().splitlines()[0]}); use a smaller "
+            "data.batch_tokens, fewer loss.negatives, or more ranks"
+        ) from error
+    for part in memory_by_rank(plan, config, world):
+        require_room(part, there, config, world)
+    return plan
+
+
+def _constraint(
+    module: Recommender, config: TableConfig, world: World, batch_tokens: int, candidates: int
+) -> ParameterConstraints:
     # Not column-wise unless asked: it changes what a row-wise optimizer does.
     kinds = ["row_wise", "table_wise"] if config.sharding == "auto" else [config.sharding]
-    constraint = ParameterConstraints(
+    cached = config.offload == "uvm_caching"
+    return ParameterConstraints(
         sharding_types=kinds,
-        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        compute_kernels=[KERNELS[config.offload].value],
+        cache_params=CacheParams(load_factor=config.cache_share) if cached else None,
         min_partition=_least_columns(module, world.size),
         pooling_factors=[float(batch_tokens), float(candidates)],
         num_poolings=[1.0, 1.0],
         batch_sizes=[1, 1],
     )
-    device_bytes, host_bytes = memory_bytes(world)
+
+
+def sharder(config: TableConfig) -> EmbeddingCollectionSharder:
+    """Host-mapped where the table is offloaded: managed memory beyond the card's can hang it."""
+    mapped = {"uvm_host_mapped": True} if config.offload != "none" else None
+    return EmbeddingCollectionSharder(fused_params=mapped)
+
+
+def _topology(whole: TableMemory, there: Memory, world: World) -> Topology:
+    """The planner counts weights without optimizer state, so it is told of that much less room."""
     # Warns that only Meta's own factory be used, which torchrec 1.6 does not have.
     logging.getLogger("torchrec.distributed.planner.types").setLevel(logging.ERROR)
-    topology = Topology(
+    weights_share = whole.weights / whole.kept
+    in_host = whole.place == "host"
+    return Topology(
         world_size=world.size,
         compute_device=world.device.type,
-        hbm_cap=device_bytes,
-        ddr_cap=host_bytes,
+        hbm_cap=there.device if in_host else int(there.device * weights_share),
+        ddr_cap=int(there.host * weights_share) if in_host else there.host,
         local_world_size=world.local_size,
     )
-    planner = EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=1,
-        constraints={TABLE: constraint},
-        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
-        debug=False,
-    )
-    try:
-        return planner.collective_plan(
-            module, [EmbeddingCollectionSharder()], dist.GroupMember.WORLD
-        )
-    except PlannerError as error:
-        there = device_bytes if world.device.type == "cuda" else host_bytes
-        needed = table_bytes(module, config, world.device)
-        raise InputError(
-            f"the item table needs {needed / 2**30:.1f} GiB with its optimizer state over "
-            f"{world.size} ranks of {there / 2**30:.1f} GiB each (embedding.sharding="
-            f"{config.sharding}), which does not fit; use more ranks, a smaller model.width, "
-            "embedding.dtype=fp16 or a row-wise optimizer"
-        ) from error
 
 
 def shard(
@@ -145,7 +167,7 @@ def shard(
         module=recommender,
         device=world.device,
         plan=plan,
-        sharders=[EmbeddingCollectionSharder()],
+        sharders=[sharder(table)],
     )
     for weight, row, column in local_shards(model):
         fill_rows(weight, seed, row, column)
@@ -209,46 +231,31 @@ def _adamw(
     )
 
 
+def _shape(module: Recommender) -> tuple[int, int]:
+    """Rows and width of the item table."""
+    rows, width = next(iter(module.table.parameters())).shape
+    return rows, width
+
+
 def _least_columns(module: Recommender, ranks: int) -> int:
     """Columns a shard at least under column_wise: an equal share, in FBGEMM's multiples of 4."""
-    width = next(iter(module.table.parameters())).shape[1]
-    return max(4, width // ranks // 4 * 4)
+    return max(4, _shape(module)[1] // ranks // 4 * 4)
 
 
-def table_bytes(module: Recommender, config: TableConfig, device: torch.device) -> int:
-    """Bytes of all rows and of their optimizer state, over all ranks."""
-    rows, width = next(iter(module.table.parameters())).shape
-    per_width, constant = STATE_NUMBERS[table_optimizer(config.optimizer, device)]
-    weight = 2 if config.dtype == "fp16" else 4
-    return rows * (width * weight + 4 * (per_width * width + constant))
+def _least_shard(module: Recommender, config: TableConfig, world: World) -> tuple[int, int]:
+    """Rows and columns of the smallest largest shard that the sharding allows."""
+    rows, width = _shape(module)
+    match config.sharding:
+        case "table_wise":
+            return rows, width
+        case "column_wise":
+            return rows, _least_columns(module, world.size)
+        case _:
+            return -(-rows // world.size), width
 
 
-def describe_memory(module: Recommender, config: TableConfig, world: World) -> list[str]:
-    """What a run keeps for good, by part."""
-    dense = sum(one.numel() for one in module.encoder.parameters())
-    table = table_bytes(module, config, world.device)
-    return [
-        f"item table with {config.optimizer} state: {table / 2**20:,.1f} MiB over "
-        f"{world.size} x {world.device.type}",
-        f"encoder: {dense:,} parameters, {16 * dense / 2**20:,.1f} MiB a rank with gradients and "
-        "AdamW state",
-    ]
-
-
-def memory_bytes(world: World) -> tuple[int, int]:
-    """(device memory, host memory) in bytes that one rank may use; device is 0 on the CPU."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's own limit
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        host = min(host, int(text))
-    device = 0
-    if world.device.type == "cuda":
-        device = torch.cuda.get_device_properties(world.device).total_memory
-    return device, host // world.local_size
-
-
-def describe_plan(plan: ShardingPlan) -> list[str]:
-    """One line a shard: its rank, rows and columns."""
+def describe_plan(plan: ShardingPlan, config: TableConfig, world: World) -> list[str]:
+    """One line a shard, its rank, rows and columns; then each rank's memory for the table."""
     lines = []
     for parameters in plan.plan.values():
         for name, how in parameters.items():
@@ -259,4 +266,6 @@ def describe_plan(plan: ShardingPlan) -> list[str]:
                     f"  rank {part.placement.rank()}: rows {row:,} to {row + rows:,}, "
                     f"columns {column} to {column + columns}"
                 )
+    for rank, part in enumerate(memory_by_rank(plan, config, world)):
+        lines.append(f"  rank {rank}: {part.describe()}, {config.optimizer}")
     return lines

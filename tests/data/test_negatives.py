@@ -64,6 +64,13 @@ def test_in_batch_counts_are_those_of_the_mixture(kind):
     assert log_counts[~used].tolist() == [0.0]
 
 
+def test_in_batch_alone_counts_the_targets():
+    ids, log_counts = SampledCandidates("uniform", 0, COUNTS, True, 3).for_pack(9, TARGETS)
+    assert np.array_equal(ids, TARGETS)
+    np.testing.assert_allclose(log_counts[:3], np.log(3 * COUNTS[TARGETS[:3]] / 1000), rtol=1e-6)
+    assert log_counts[3] == 0.0
+
+
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_shapes_are_fixed_and_targets_stand_behind_the_draws(in_batch):
     sampled = SampledCandidates("uniform", 16, COUNTS, in_batch, 3)

@@ -33,6 +33,20 @@ def test_rows_and_raw_are_inverse(tmp_path: Path, ids: list) -> None:
     assert vocabulary.counts.dtype == np.int64
 
 
+@pytest.mark.parametrize(
+    ("ids", "more"), [([30, -5, 7], [8]), (["b", "", "ü"], ["c"]), (["ab", "c"], ["a", "bc"])]
+)
+def test_digest_tells_a_grown_vocabulary_from_another(tmp_path: Path, ids: list, more: list):
+    before, after = (written(tmp_path, one).digest(len(ids)) for one in (ids, [*ids, *more]))
+    assert before == after
+    assert written(tmp_path, [*more, *ids]).digest(len(ids)) != before
+    assert written(tmp_path, ids).digest(len(ids) - 1) != before
+
+
+def test_digest_sees_where_an_id_ends(tmp_path: Path) -> None:
+    assert written(tmp_path, ["ab", "c"]).digest(2) != written(tmp_path, ["a", "bc"]).digest(2)
+
+
 def test_unknown_null_and_other_integer_types(tmp_path: Path) -> None:
     vocabulary = written(tmp_path, [30, 0, 7])
     for kind in (pa.int8(), pa.uint16(), pa.int64(), pa.uint64()):

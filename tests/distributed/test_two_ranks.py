@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.schema import Manifest
+from modules.item_table import fill_rows
 from tests.conftest import ROOT
 from tests.data.datasets import write_dataset
-from tests.distributed.worker import SHARDINGS
+from tests.distributed.worker import GROWN_ROWS, ROWS, SHARDINGS, WIDTH
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -111,6 +113,24 @@ def test_ranks_leave_out_the_same_damaged_files(results, copies, damaged):
         assert users == [f"u{user}" for number in kept for user in (2 * number, 2 * number + 1)]
         assert all(f"{left_out[0]} is damaged, its hash" in answer[2] for answer in answers)
         assert "data.damaged_files=skip" in message
+
+
+@pytest.mark.parametrize(
+    ("ranks", "optimizer", "sharding"),
+    [
+        *((ranks, "adagrad", sharding) for ranks in (1, 2) for sharding in SHARDINGS),
+        (2, "rowwise_adagrad", "column_wise"),
+    ],
+)
+def test_a_larger_table_goes_on_from_a_checkpoint(results, ranks, optimizer, sharding):
+    small, large = (f"{optimizer} {sharding} {rows}" for rows in (ROWS, GROWN_ROWS))
+    found = results[ranks]
+    new = torch.empty(GROWN_ROWS - ROWS, WIDTH)
+    fill_rows(new, 3, ROWS)
+    assert found[f"rows {large}"] == found[f"rows {small}"] + new.tolist()
+    assert found[f"loss {large}"] == pytest.approx(found[f"loss {small}"], rel=2e-6)
+    if optimizer == "adagrad":
+        assert found[f"rows {large}"] == results[2][f"rows adagrad row_wise {GROWN_ROWS}"]
 
 
 def test_no_thread_of_the_group_outlives_it(results):

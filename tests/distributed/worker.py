@@ -30,8 +30,10 @@ from trainer.loop import Stepper
 from trainer.open_data import open_data
 from trainer.run_folder import require_agreement, require_shared
 from trainer.sharding import Sharded, plan_table, shard
+from trainer.warm_start import GrownTable
 
 ROWS, WIDTH, TOKENS, NEGATIVES, STEPS = 101, 16, 32, 24, 8
+GROWN_ROWS = 118
 TRAIN = TrainerConfig(
     "cpu",
     "fp32",
@@ -72,16 +74,17 @@ def measure(world: World, checkpoints: Path | None) -> dict:
     results: dict = {}
     for sharding in SHARDINGS:
         sharded = build(world, sharding, FullSoftmax(world.rank))
-        results[f"rows {sharding}"] = first_rows(sharded, world)
+        results[f"rows {sharding}"] = table_rows(sharded)
         results[f"full {sharding}"] = [step(sharded, world, n, sampled=False) for n in range(8)]
         results[f"top {sharding}"] = best(sharded, world)
-    sampled = build(world, "row_wise", SampledSoftmax(NEGATIVES, False, True))
+    sampled = build(world, "row_wise", loss())
     results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
     results["skipped"] = skipped(world)
     if checkpoints is not None:
         results |= resume(world, checkpoints)
         results["refusals"] = refusals(world, checkpoints)
         results |= damaged_data(world, checkpoints)
+        results |= grow(world, checkpoints)
     return results
 
 
@@ -150,12 +153,14 @@ def data_config(damaged_files: str) -> DataConfig:
     return DataConfig("", "histories", 8, 2, 0.0, None, "refuse", 0, 8, damaged_files)  # type: ignore[arg-type]
 
 
-def build(world: World, sharding: str, loss) -> Sharded:
-    table = TableConfig(sharding, "fp32", "adagrad", 0.05, 0.9, 0.98, 1e-8)
+def build(
+    world: World, sharding: str, loss, rows: int = ROWS, optimizer: str = "adagrad"
+) -> Sharded:
+    table = TableConfig(sharding, "fp32", "none", 0.1, optimizer, 0.05, 0.9, 0.98, 1e-8)
     torch.manual_seed(1)
     encoder = Encoder("causal", WIDTH, 1, 4, 8, 2, 4, 0.0, True)
-    recommender = Recommender(ItemTable(ROWS, WIDTH, device=torch.device("meta")), encoder, loss)
-    plan = plan_table(recommender, table, world, TOKENS, ROWS)
+    recommender = Recommender(ItemTable(rows, WIDTH, device=torch.device("meta")), encoder, loss)
+    plan = plan_table(recommender, table, world, TOKENS, rows)
     return shard(recommender, plan, table, TRAIN, world, seed=3)
 
 
@@ -191,10 +196,10 @@ def global_batch(number: int, world: World, sampled: bool) -> SequenceBatch:
     return SequenceBatch.build(history, candidates, bounds, wanted, None, log_counts, 25.0)
 
 
-def first_rows(sharded: Sharded, world: World) -> list[list[float]]:
-    """The table's rows by lookup, before any step."""
-    ids = torch.arange(ROWS)
-    batch = SequenceBatch.build(ids, ids[:1], torch.tensor([0, ROWS]), ids)
+def table_rows(sharded: Sharded, rows: int = ROWS) -> list[list[float]]:
+    """The table's rows by lookup."""
+    ids = torch.arange(rows)
+    batch = SequenceBatch.build(ids, ids[:1], torch.tensor([0, rows]), ids)
     with torch.no_grad():
         return sharded.recommender.table(batch.features)[0].tolist()
 
@@ -210,10 +215,7 @@ def resume(world: World, folder: Path) -> dict[str, list[float]]:
     sharded = build(world, "row_wise", FullSoftmax(world.rank))
     for number in range(4):
         step(sharded, world, number, sampled=False)
-    own = folder / f"from-{world.size}"
-    with Saver(own, sharded, world, RunState(), "", 1, True, print) as saver:
-        saver.save(RunState(step=4), {})
-        saver.require_written(saver.settle(RunState(step=4)))
+    save(folder / f"from-{world.size}", sharded, world)
     results = {}
     for saved in sorted(folder.glob("from-*")):
         verify(checkpoint_path(saved, 4), world)
@@ -225,6 +227,41 @@ def resume(world: World, folder: Path) -> dict[str, list[float]]:
                 step(sharded, world, number, sampled=False) for number in range(4, STEPS)
             ]
     return results
+
+
+def save(folder: Path, sharded: Sharded, world: World) -> None:
+    state = RunState(step=4)
+    with Saver(folder, sharded, world, RunState(), "", 1, True, print) as saver:
+        saver.save(state, {})
+        saver.require_written(saver.settle(state))
+
+
+def grow(world: World, folder: Path) -> dict[str, list]:
+    """Load into a larger table what `resume` saved, and what a row-wise optimizer saved by columns.
+
+    The sampled loss touches no new row, so it must go on as with the table of the checkpoint.
+    """
+    results = {}
+    if world.size == 2:
+        sharded = build(world, "column_wise", loss(), optimizer="rowwise_adagrad")
+        for number in range(4):
+            step(sharded, world, number, sampled=True)
+        save(folder / "by-columns", sharded, world)
+    cases = [("adagrad", sharding, "from-2") for sharding in SHARDINGS]
+    if world.size == 2:  # its state has a part for each column shard
+        cases.append(("rowwise_adagrad", "column_wise", "by-columns"))
+    for optimizer, sharding, saved in cases:
+        for rows in (ROWS, GROWN_ROWS):
+            sharded = build(world, sharding, loss(), rows, optimizer)
+            load(checkpoint_path(folder / saved, 4), sharded, GrownTable(ROWS, rows))
+            name = f"{optimizer} {sharding} {rows}"
+            results[f"rows {name}"] = table_rows(sharded, rows)
+            results[f"loss {name}"] = [step(sharded, world, n, sampled=True) for n in range(4)]
+    return results
+
+
+def loss() -> SampledSoftmax:
+    return SampledSoftmax(NEGATIVES, False, True)
 
 
 if __name__ == "__main__":

@@ -44,15 +44,15 @@ def test_full_softmax_ignores_padding_behind_the_table():
     torch.testing.assert_close(ours, FullSoftmax(rank=0)(h, targets, c, torch.arange(37), None))
 
 
-@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize(("draws", "in_batch"), [(12, False), (12, True), (0, True)])
 @pytest.mark.parametrize("logq", [False, True])
-def test_sampled_softmax_is_the_formula(in_batch, logq):
+def test_sampled_softmax_is_the_formula(draws, in_batch, logq):
     h, table, targets = problem()
-    negatives = torch.randint(RESERVED_ROWS, 40, (12,))
-    negatives[0] = targets[0]  # an accidental hit
+    negatives = torch.randint(RESERVED_ROWS, 40, (draws,))
+    negatives[:1] = targets[0]  # an accidental hit
     ids = torch.cat([negatives, targets])
-    log_counts = torch.randn(32, dtype=torch.float64)
-    ours = SampledSoftmax(12, in_batch, logq)(h, targets, table[ids], ids, log_counts)
+    log_counts = torch.randn(draws + 20, dtype=torch.float64)
+    ours = SampledSoftmax(draws, in_batch, logq)(h, targets, table[ids], ids, log_counts)
 
     rivals = ids if in_batch else negatives
     expected = torch.zeros((), dtype=torch.float64)

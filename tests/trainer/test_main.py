@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from data.schema import RESERVED_ROWS
 from tests.conftest import ROOT
 from tests.data.datasets import write_dataset
 from tests.trainer.launch import TINY, finish, free_port, losses, start
@@ -72,16 +73,27 @@ def test_one_live_run_a_folder(data, tmp_path):
     assert f"another run is writing {tmp_path}; wait for it" in error
 
 
-def test_init_from_wants_the_same_items(data, straight, tmp_path):
+def test_init_from_a_run_with_fewer_items(data, straight, tmp_path):
     run_dir, _ = straight
-    other = write_dataset(tmp_path / "other", [[9, 8, 10, 11] * 3] * 30, table_rows=38)
-    warm = [f"run_dir={tmp_path / 'run'}", f"init_from={run_dir}"]
-    assert "trained with another vocabulary" in error_of([f"data.path={other}", *warm])
-    command = [sys.executable, "trainer/main.py", *TINY, f"data.path={data}", *warm]
+    ring = [[RESERVED_ROWS + (start + step) % 36 for step in range(14)] for start in range(34)]
+    grown = write_dataset(tmp_path / "grown", ring, table_rows=RESERVED_ROWS + 37)
+    command = [
+        sys.executable,
+        "trainer/main.py",
+        *TINY,
+        f"data.path={grown}",
+        f"run_dir={tmp_path / 'run'}",
+        f"init_from={run_dir}",
+        "trainer.max_epochs=2",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert (
+        "30 items keep their rows and their optimizer state, 7 are new; 1 of all have no training "
+        "event" in done.stdout
+    )
     first = float(done.stdout.split("loss ")[1].split()[0])
-    assert first < 2.5, "a warm start begins where the other run ended"
+    assert first < 3, "a warm start begins where the other run ended"
 
 
 def test_data_without_a_validation_target_is_refused_at_once(tmp_path):
@@ -142,6 +154,9 @@ def test_dry_run_plans_and_writes_nothing(data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "rank 0: rows 0 to 38, columns 0 to 16" in done.stdout
+    assert "rank 0: weights 2.4 KiB, optimizer state 0.1 KiB in host memory" in done.stdout
+    assert "rank 0 in all, estimate: " in done.stdout
+    assert "expected step time, estimate: " in done.stdout
     assert not run_dir.exists()
 
 

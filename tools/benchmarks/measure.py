@@ -152,6 +152,14 @@ def measure_ceilings(timer: Timer) -> Ceilings:
     return ceilings
 
 
+def link_rate(timer: Timer) -> float:
+    """Bytes per second of a copy from pinned host memory to the timer's CUDA device."""
+    source = torch.ones(2**28, dtype=torch.int8, pin_memory=True)
+    target = torch.empty_like(source, device=timer.device)
+    milliseconds = timer(lambda: target.copy_(source, non_blocking=True)).median_ms
+    return 1e3 * source.numel() / milliseconds
+
+
 def _copy_rate(timer: Timer) -> float:
     """Bytes read and written per second."""
     numbers = 2**28 if timer.device.type == "cuda" else 2**24

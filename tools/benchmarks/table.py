@@ -15,7 +15,8 @@ from data.synthetic import Process
 from tools.benchmarks.bench import Bench
 from tools.benchmarks.measure import Floor
 from trainer import build
-from trainer.sharding import STATE_NUMBERS, Sharded, plan_table, shard
+from trainer.memory import STATE_NUMBERS
+from trainer.sharding import Sharded, plan_table, shard
 
 WIDTH = 128
 OPTIMIZERS = {

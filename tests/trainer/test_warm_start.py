@@ -1,0 +1,50 @@
+"""What a warm start refuses before it reads a tensor. That it reads rightly: tests/distributed."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from data.errors import InputError
+from data.schema import RESERVED_ROWS
+from data.vocabulary import Vocabulary
+from tests.trainer.test_config import composed
+from trainer.checkpoint import CONFIG, STATE
+from trainer.warm_start import warm_start
+
+OLD = ["a", "b", "c"]
+
+
+def vocabulary(items: list[str]) -> Vocabulary:
+    return Vocabulary(pa.array(items), np.ones(RESERVED_ROWS + len(items), np.int64))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of OLD's items, as far as it is looked at."""
+    content = {
+        "vocabulary": {"items": 3, "sha256": vocabulary(OLD).digest(3)},
+        "embedding": {"optimizer": "adam"},
+    }
+    (tmp_path / STATE).write_text("{}")
+    (tmp_path / CONFIG).write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize("items", [["a", "b"], ["b", "a", "c", "d"], ["a", "bc", "", "d"]])
+def test_another_vocabulary(checkpoint, items):
+    config = composed(f"init_from={checkpoint}")
+    with pytest.raises(InputError, match="was trained with another vocabulary"):
+        warm_start(config, vocabulary(items), None)
+
+
+def test_a_run_before_vocabularies_were_noted(checkpoint):
+    (checkpoint / CONFIG).write_text("{}")
+    with pytest.raises(InputError, match="was trained with another vocabulary"):
+        warm_start(composed(f"init_from={checkpoint}"), vocabulary(OLD), None)
+
+
+def test_another_optimizer(checkpoint):
+    config = composed(f"init_from={checkpoint}", "embedding.optimizer=sgd")
+    with pytest.raises(InputError, match=r"embedding\.optimizer=adam, which sgd cannot use"):
+        warm_start(config, vocabulary([*OLD, "d"]), None)
