@@ -90,7 +90,7 @@ class Mamba2Mixer(nn.Module):
         else:
             z_TE = self._project_gate(u_TD, read_S)
             xBC, dt_TH = self._project_scan(u_TD)
-            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T).index_select(0, read_S)
+            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
         return self.out_proj(gated_norm(y_TE, z_TE, self.norm_weight, self.gated_norm_eps))
 
     def both(
@@ -111,20 +111,21 @@ class Mamba2Mixer(nn.Module):
         eps, weight_E = self.gated_norm_eps, self.norm_weight
         if read_S is None:
             z_TE, xBC, dt_TH = self._project(u_TD)
-            y_TE, r_TE = self._scan_both(xBC, dt_TH, offsets_B1, position_T, reversed_T)
+            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
+            r_TE = self._scan_reversed(xBC, dt_TH, offsets_B1, position_T, reversed_T)
             return self.out_proj(
                 gated_norm_both(y_TE, r_TE, z_TE, weight_E, eps, beta, reversed_T, restore_order)
             )
         xBC, dt_TH = self._project_scan(u_TD)
-        y_TE, r_TE = self._scan_both(xBC, dt_TH, offsets_B1, position_T, reversed_T)
         mirror_S = reversed_T.index_select(0, read_S)
+        y_SE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
         z_SE = self._project_gate(u_TD, read_S)
-        y_SE = gated_norm(y_TE.index_select(0, read_S), z_SE, weight_E, eps)
-        if restore_order:
-            r_SE = r_TE.index_select(0, mirror_S)
-        else:
-            r_SE = r_TE.index_select(0, read_S)
+        y_SE = gated_norm(y_SE, z_SE, weight_E, eps)
+        if not restore_order:
             z_SE = self._project_gate(u_TD, mirror_S)
+        r_SE = self._scan_reversed(
+            xBC, dt_TH, offsets_B1, position_T, reversed_T, mirror_S if restore_order else read_S
+        )
         return self.out_proj(y_SE + beta * gated_norm(r_SE, z_SE, weight_E, eps))
 
     def _project(self, u_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,31 +144,38 @@ class Mamba2Mixer(nn.Module):
         """z at some rows, [S, E]."""
         return F.linear(u_TD.index_select(0, rows_S), self.in_proj.weight[: self.inner])
 
-    def _scan(self, xBC: Tensor, dt_TH: Tensor, offsets_B1: Tensor, position_T: Tensor) -> Tensor:
-        """Convolution and SSD of projected rows, y [T, E]."""
+    def _scan(
+        self,
+        xBC: Tensor,
+        dt_TH: Tensor,
+        offsets_B1: Tensor,
+        position_T: Tensor,
+        read_S: Tensor | None = None,
+    ) -> Tensor:
+        """Convolution and SSD of projected rows, y [T, E], or [S, E] at the tokens `read_S`."""
         dt_TH = F.softplus(at_least_fp32(dt_TH) + self.dt_bias)
         A_H = -torch.exp(self.A_log)
         xBC = causal_conv_reference(xBC, self.conv_weight, self.conv_bias, position_T)
         x_TE, B_TN, C_TN = torch.split(xBC, [self.inner, self.state, self.state], dim=-1)
         x_THP = x_TE.unflatten(-1, (self.heads, self.head))
         if torch.jit.is_scripting():
-            y_THP = ssd_reference(x_THP, dt_TH, A_H, B_TN, C_TN, self.D, offsets_B1)
+            y_THP = ssd_reference(x_THP, dt_TH, A_H, B_TN, C_TN, self.D, offsets_B1, read_S)
         else:
-            y_THP = ssd(x_THP, dt_TH, A_H, B_TN, C_TN, self.D, offsets_B1)
+            y_THP = ssd(x_THP, dt_TH, A_H, B_TN, C_TN, self.D, offsets_B1, read_S)
         return y_THP.flatten(1)
 
-    def _scan_both(
+    def _scan_reversed(
         self,
         xBC: Tensor,
         dt_TH: Tensor,
         offsets_B1: Tensor,
         position_T: Tensor,
         reversed_T: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The scans of the sequences and of the reversed sequences, [T, E] each."""
-        y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
+        read_S: Tensor | None = None,
+    ) -> Tensor:
+        """`_scan` of the reversed sequences."""
         xBC, dt_TH = permute_rows(xBC, reversed_T), permute_rows(dt_TH, reversed_T)
-        return y_TE, self._scan(xBC, dt_TH, offsets_B1, position_T)
+        return self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
 
 
 class FeedForward(nn.Module):

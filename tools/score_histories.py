@@ -32,7 +32,7 @@ from data.scoring import UPTO, Unit, score_unit, units_of
 from tools.stages import print_table
 
 # A batch's temporaries should stay in a CPU's cache, and a GPU wants many tokens at once.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 LOG_OPTIONS = ("max_bad_rows", "row_group_events", "memory_limit", "threads")  # of a raw log alone
 GROUPED = "grouped"  # a raw log's histories, inside the output while it is unfinished
 
