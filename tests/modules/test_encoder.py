@@ -51,6 +51,28 @@ def test_causal_reads_no_later_token():
     assert not torch.allclose(before[12:], after[12:])
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"layers": 1}, {"layers": 3, "conv": 2, "head": 16}, {"conv": 1}]
+)
+@torch.no_grad()
+def test_steps_give_what_the_whole_history_gives(changes):
+    """Three sequences in step, every token of each, from a state of zeros."""
+    encoder = make("causal", dropout=0.3, **changes).eval()
+    x = torch.randn(3, 40, WIDTH, dtype=torch.float64)
+    whole = encoder(x.flatten(0, 1), offsets_of([40] * 3)).view(x.shape)
+    state = torch.zeros(3, encoder.state_numbers, dtype=torch.float64)
+    for event in range(40):
+        h, state = encoder.step(x[:, event], state)
+        torch.testing.assert_close(h, whole[:, event])
+    assert state.shape == (3, encoder.state_numbers)
+
+
+def test_a_bidirectional_encoder_has_no_state():
+    encoder = make("bidirectional")
+    with pytest.raises(RuntimeError, match="reads whole histories and has no state"):
+        encoder.step(torch.zeros(1, WIDTH), torch.zeros(1, encoder.state_numbers))
+
+
 def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
     return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
