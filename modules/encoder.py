@@ -381,7 +381,7 @@ class Encoder(nn.Module):
             of_layer = state_BF[:, number * numbers : (number + 1) * numbers]
             conv_BKM = of_layer[:, :conv_numbers].unflatten(1, self.conv_sizes)
             ssm_BHPN = of_layer[:, conv_numbers:].unflatten(1, self.ssm_sizes)
-            x_BD, conv_BKM, ssm_BHPN = layer.step(x_BD, conv_BKM, ssm_BHPN)
+            x_BD, conv_BKM, ssm_BHPN = layer.step(x_BD, conv_BKM, ssm_BHPN)  # type: ignore[operator]
             states += [conv_BKM.flatten(1), ssm_BHPN.flatten(1)]
         return x_BD, torch.cat(states, 1)
 
