@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -215,12 +215,14 @@ def all_numbers(scores: Tensor) -> bool:
     return bool((scores < torch.inf).all())
 
 
-def load_model(model: Path, parts: Iterable[Path], device: torch.device) -> Any:
+def load_model(model: Path | IO[bytes], parts: Iterable[Path], device: torch.device) -> Any:
     """The scripted scorer with the rows of `parts` set. On a CPU the rows are mapped, not read."""
     with warnings.catch_warnings():
         # Deprecated since torch 2.13, and the one format that needs nothing but torch anywhere.
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+.* is deprecated")
-        scorer = torch.jit.load(str(model), map_location=device)
+        scorer = torch.jit.load(
+            str(model) if isinstance(model, Path) else model, map_location=device
+        )
     loaded = [
         torch.load(path, weights_only=True, mmap=device.type == "cpu", map_location=device)
         for path in parts
