@@ -19,6 +19,7 @@ from data.item_filter import ItemFilter
 from data.reader import Histories, HistoryDataset, concatenated_ranges
 from data.schema import score_schema
 from data.score_output import COUNTS
+from data.vocabulary import Vocabulary
 
 LEAST_USERS, MOST_USERS, EVEN_UNITS = 512, 8192, 64  # of a unit; units wanted of a small data set
 UPTO = ("all", "train", "validation")
@@ -118,11 +119,22 @@ def score_unit(
         "users_short": int((counts < k).sum()),
         "events": int(lengths.sum()),
     }
-    bounds = pa.array(np.append(0, np.cumsum(counts)), pa.int32())
-    lists = [pa.ListArray.from_arrays(bounds, bundle.vocabulary.raw(rows))]
-    lists.append(pa.ListArray.from_arrays(bounds, pa.array(scores)))
-    schema = score_schema(user_ids.type, bundle.vocabulary.item_ids.type)
-    schema = schema.with_metadata({COUNTS: json.dumps(facts)})
+    table = score_table(bundle.vocabulary, user_ids, counts, rows, scores)
+    return table.replace_schema_metadata({COUNTS: json.dumps(facts)})
+
+
+def score_table(
+    vocabulary: Vocabulary,
+    user_ids: pa.Array,
+    counts_U: np.ndarray,
+    rows_N: np.ndarray,
+    scores_N: np.ndarray,
+) -> pa.Table:
+    """`data.schema.score_schema` for users of counts_U items each, best first, end to end."""
+    bounds = pa.array(np.append(0, np.cumsum(counts_U)), pa.int32())
+    lists = [pa.ListArray.from_arrays(bounds, vocabulary.raw(rows_N))]
+    lists.append(pa.ListArray.from_arrays(bounds, pa.array(scores_N)))
+    schema = score_schema(user_ids.type, vocabulary.item_ids.type)
     return pa.Table.from_arrays([user_ids, *lists], schema=schema)
 
 

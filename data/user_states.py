@@ -33,7 +33,7 @@ STATES = "states"
 NUMBERS: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 PART_BYTES = 1 << 27  # of a file's states in fp32
 NONE = np.zeros(0, np.int64)
-TOGETHER = 64  # users moved on at once: their states should stay near the processor
+TOGETHER = 32  # users moved on at once: their states should stay near the processor
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class StateManifest:
     users: int
     counts: dict[str, int]  # of the run that wrote it
     parts: list[DataFile]
+    scores: list[DataFile]
     states_version: int = STATES_VERSION
 
     def write(self, folder: Path) -> None:
@@ -67,7 +68,8 @@ class StateManifest:
                     f"{path} is not of states version {STATES_VERSION}, which this program reads; "
                     "build the states anew"
                 )
-            raw["parts"] = [DataFile(**one) for one in raw["parts"]]
+            for name in ("parts", "scores"):
+                raw[name] = [DataFile(**one) for one in raw[name]]
             manifest = cls(**raw)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is damaged ({error}); build the states anew") from error
@@ -133,7 +135,7 @@ class StatePart:
     def write(self, folder: Path, number: int, kind: str) -> DataFile:
         """Raises InputError for states beyond the range of fp16."""
         with np.errstate(over="ignore"):
-            numbers = self.state_UF.numpy().astype(NUMBERS[kind])
+            numbers = self.state_UF.numpy().astype(NUMBERS[kind], copy=False)
         if not np.isfinite(numbers).all():
             raise InputError(f"a state is beyond the range of {kind}; use numbers=fp32")
         columns = {

@@ -24,11 +24,13 @@ import torch
 
 from configs.command import command
 from data.bundle import Bundle
+from data.conversion import sealed
 from data.errors import InputError, check_whole
 from data.log_files import find_files
 from data.output_folder import new_folder
-from data.schema import MANIFEST, RESERVED_ROWS, DataFile, score_schema
+from data.schema import MANIFEST, RESERVED_ROWS, DataFile
 from data.score_input import GroupingLimits, group_log, rules_for
+from data.scoring import score_table
 from data.user_states import (
     NUMBERS,
     PART_BYTES,
@@ -44,6 +46,7 @@ GROUPED, SCORES = "grouped", "scores"
 OURS = (MANIFEST, STATES, SCORES, GROUPED, f".{GROUPED}.unfinished")
 NO_ITEMS = np.zeros(0, np.int64)
 PROBE_EVENTS, PROBE_LENGTH, PROBE_SECONDS = 2048, 128, 0.3  # of the full pass that is timed
+WARM_UP = 4  # calls: TorchScript compiles anew after the first ones
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. seconds_moving: of reading, moving and writing states, without the log."""
+    """What a run did. seconds_moving: of reading, moving and writing states, without reading the
+    log and without scores, which cost the same either way."""
 
     manifest: StateManifest
     bytes_a_state: int
@@ -119,10 +123,15 @@ def update(config: UpdateConfig) -> Report:
             for file in old.parts:
                 writer.old(StatePart.read(old_folder, file))
         writer.new_users()
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - started - writer.seconds_scoring
         counts = {"events_unknown": grouped.counts["events_unknown"]} | writer.counts
         manifest = StateManifest(
-            bundle.manifest.fingerprint, config.numbers, writer.users, counts, writer.parts
+            bundle.manifest.fingerprint,
+            config.numbers,
+            writer.users,
+            counts,
+            writer.parts,
+            writer.scores,
         )
         manifest.write(folder)
     state_bytes = NUMBERS[config.numbers].itemsize * bundle.model.state_numbers
@@ -139,7 +148,9 @@ class _Writer:
         self.new, self.repeats = new, repeats
         self.waiting_U = np.ones(len(new), bool)  # users of the log whose state has not come yet
         self.parts: list[DataFile] = []
+        self.scores: list[DataFile] = []
         self.users = 0
+        self.seconds_scoring = 0.0
         self.counts: dict[str, int] = {"users_new": 0}
         (folder / STATES).mkdir()
         if config.k:
@@ -180,7 +191,9 @@ class _Writer:
         self.users += len(part.user_ids)
         moved = np.flatnonzero(part.events_U > before_U)
         if self.config.k and len(moved):
+            started = time.monotonic()
             self._score(part, moved, self.folder / SCORES / f"part-{number:05d}.parquet")
+            self.seconds_scoring += time.monotonic() - started
 
     def _score(self, part: StatePart, users: np.ndarray, path: Path) -> None:
         """The top k of these users of a part, as tools.score_histories writes them."""
@@ -191,15 +204,15 @@ class _Writer:
             part.state_UF[users], self.config.k, (items_N, users_N)
         )
         real_UK = rows_UK >= 0
-        bounds = pa.array(np.append(0, np.cumsum(real_UK.sum(1).numpy())), pa.int32())
-        raw = self.bundle.vocabulary.raw(rows_UK[real_UK].numpy())
-        table = [
+        table = score_table(
+            self.bundle.vocabulary,
             part.user_ids.take(pa.array(users)),
-            pa.ListArray.from_arrays(bounds, raw),
-            pa.ListArray.from_arrays(bounds, pa.array(scores_UK[real_UK].numpy())),
-        ]
-        schema = score_schema(part.user_ids.type, raw.type)
-        pq.write_table(pa.Table.from_arrays(table, schema=schema), path, compression="zstd")
+            real_UK.sum(1).numpy(),
+            rows_UK[real_UK].numpy(),
+            scores_UK[real_UK].numpy(),
+        )
+        pq.write_table(table, path, compression="zstd")
+        self.scores.append(sealed(self.folder, path))
 
 
 def full_pass_seconds(bundle: Bundle) -> float:
@@ -209,6 +222,8 @@ def full_pass_seconds(bundle: Bundle) -> float:
         RESERVED_ROWS, bundle.manifest.table_rows, [PROBE_EVENTS], generator=generator
     )
     offsets_B1 = torch.arange(0, PROBE_EVENTS + 1, PROBE_LENGTH)
+    for _ in range(WARM_UP):
+        bundle.model.hidden(items_T, offsets_B1)
     times: list[float] = []
     begun = time.monotonic()
     while len(times) < 3 or time.monotonic() - begun < PROBE_SECONDS:

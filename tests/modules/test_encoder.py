@@ -16,7 +16,7 @@ WIDTH = 16
 def make(kind: str, **changes) -> Encoder:
     torch.manual_seed(0)
     sizes = dict(width=WIDTH, layers=2, state=4, head=8, expand=2, conv=4, dropout=0.0)
-    return Encoder(kind, norm_embedding=True, **{**sizes, **changes}).double()
+    return Encoder(kind, **{**sizes, "norm_embedding": True, **changes}).double()
 
 
 def offsets_of(lengths: list[int], unused: int = 0) -> Tensor:
@@ -52,7 +52,14 @@ def test_causal_reads_no_later_token():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"layers": 1}, {"layers": 3, "conv": 2, "head": 16}, {"conv": 1}]
+    "changes",
+    [
+        {},
+        {"layers": 1},
+        {"layers": 3, "conv": 2, "head": 16},
+        {"conv": 1},
+        {"norm_embedding": False},
+    ],
 )
 @torch.no_grad()
 def test_steps_give_what_the_whole_history_gives(changes):

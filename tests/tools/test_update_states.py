@@ -21,7 +21,7 @@ from tests.trained_run import ITEMS, Trained, run_command, trained
 from tools.score_histories import ScoreConfig, score
 from tools.update_states import Report, UpdateConfig, update
 
-DAYS = 4
+DAYS = 3
 
 
 @pytest.fixture(scope="module")

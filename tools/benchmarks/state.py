@@ -49,7 +49,7 @@ def run(bench: Bench) -> None:
     with bench.case(f"{USERS} users"):
         items_U = _items(USERS, bench.device)
         bench.record(
-            f"{USERS} users: one event on each state, without answers",
+            f"{USERS} users: one event on each state",
             lambda: model.advance(state_UF, items_U),
             work=USERS,
             unit="event",
