@@ -12,6 +12,8 @@ Nothing of ours is needed to use one:
     model.set_rows([p["rows"] for p in parts], [p["scales"] for p in parts if "scales" in p])
     rows, scores = model(items, offsets, 100, True)
 
+forward also takes pairs (item, sequence) to leave out and a mask of allowed rows; a causal model
+has `advance(state, item)`, see modules/scorer.py.
 This module does the same and checks what it reads. It needs torch and pyarrow, not TorchRec.
 """
 
@@ -22,15 +24,16 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from data.errors import InputError
 from data.schema import MANIFEST, VOCABULARY, write_atomically
 from data.vocabulary import Vocabulary
 
-BUNDLE_VERSION = 1
+BUNDLE_VERSION = 2
 MODEL, ROWS = "model.pt", "rows"
 TOP_LEVEL = (MODEL, ROWS, VOCABULARY, MANIFEST)
 ROW_FORMATS = ("fp32", "fp16", "int8")
@@ -138,15 +141,67 @@ class Bundle:
 
     @torch.no_grad()
     def score(
-        self, items_T: torch.Tensor, offsets_B1: torch.Tensor, k: int, exclude_seen: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        items_T: Tensor,
+        offsets_B1: Tensor,
+        k: int,
+        exclude_seen: bool = True,
+        excluded: tuple[Tensor, Tensor] | None = None,
+        allowed_V: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """(table rows [B, k], scores [B, k]) on the CPU; see `modules.scorer.Scorer.forward`.
 
+        excluded: pairs (item, sequence) to leave out. Threads may call it at the same time.
         Raises InputError for a model that answers NaN or infinity.
         """
-        rows, scores = self.model(
-            items_T.to(self.device), offsets_B1.to(self.device), k, exclude_seen
+        items_N, sequences_N = self._here(excluded)
+        return self._answer(
+            *self.model(
+                items_T.to(self.device),
+                offsets_B1.to(self.device),
+                k,
+                exclude_seen,
+                items_N,
+                sequences_N,
+                None if allowed_V is None else allowed_V.to(self.device),
+            )
         )
+
+    def new_states(self, users: int) -> Tensor:
+        """States of users without an event, fp32 [U, F]. Raises InputError for a model without."""
+        if self.model.state_numbers == 0:
+            raise InputError(
+                f"the encoder of bundle {self.folder} is bidirectional and reads whole histories; "
+                "only a causal one (model=causal) has a state to carry forward"
+            )
+        return torch.zeros(users, self.model.state_numbers)
+
+    @torch.no_grad()
+    def advance(self, state_UF: Tensor, items_U: Tensor) -> Tensor:
+        """The states, on the CPU, after one more event of each user; see `Scorer.advance`."""
+        return self.model.advance(state_UF.to(self.device), items_U.to(self.device)).cpu()
+
+    @torch.no_grad()
+    def score_states(
+        self,
+        state_UF: Tensor,
+        k: int,
+        excluded: tuple[Tensor, Tensor] | None = None,
+        allowed_V: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`score` for states of users with an event, who have no history here: what a user has
+        seen is left out only where `excluded` names it, in pairs (item, user)."""
+        items_N, users_N = self._here(excluded)
+        h_UD = state_UF[:, state_UF.shape[1] - self.model.width :].to(self.device)
+        allowed_V = None if allowed_V is None else allowed_V.to(self.device)
+        return self._answer(*self.model.top(h_UD, k, items_N, users_N, allowed_V))
+
+    def _here(self, pairs: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        items_N, sequences_N = (nothing, nothing) if pairs is None else pairs
+        return items_N.to(self.device), sequences_N.to(self.device)
+
+    def _answer(self, rows: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         rows, scores = rows.cpu(), scores.cpu()
         if not all_numbers(scores):
             raise InputError(
@@ -155,17 +210,19 @@ class Bundle:
         return rows, scores
 
 
-def all_numbers(scores: torch.Tensor) -> bool:
+def all_numbers(scores: Tensor) -> bool:
     """Whether no score is NaN or +inf; -inf stands where fewer than k items remain."""
     return bool((scores < torch.inf).all())
 
 
-def load_model(model: Path, parts: Iterable[Path], device: torch.device) -> Any:
+def load_model(model: Path | IO[bytes], parts: Iterable[Path], device: torch.device) -> Any:
     """The scripted scorer with the rows of `parts` set. On a CPU the rows are mapped, not read."""
     with warnings.catch_warnings():
         # Deprecated since torch 2.13, and the one format that needs nothing but torch anywhere.
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+.* is deprecated")
-        scorer = torch.jit.load(str(model), map_location=device)
+        scorer = torch.jit.load(
+            str(model) if isinstance(model, Path) else model, map_location=device
+        )
     loaded = [
         torch.load(path, weights_only=True, mmap=device.type == "cpu", map_location=device)
         for path in parts

@@ -1,7 +1,7 @@
 """The SSD encoders: packed item embeddings in, hidden states at the read positions out.
 
 Legend: T packed tokens, B sequences, S read positions, D model width, E = expand * D inner width,
-H heads of P = E / H channels, N state size, K convolution width.
+H heads of P = E / H channels, N state size, K convolution width, M = E + 2N columns convolved.
 
 The bidirectional encoder is the paper's (arXiv 2409.01192); it trains on prefixes, one target each.
 The causal one is the same with the forward direction alone: every position predicts its next item
@@ -90,7 +90,7 @@ class Mamba2Mixer(nn.Module):
         else:
             z_TE = self._project_gate(u_TD, read_S)
             xBC, dt_TH = self._project_scan(u_TD)
-            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T).index_select(0, read_S)
+            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
         return self.out_proj(gated_norm(y_TE, z_TE, self.norm_weight, self.gated_norm_eps))
 
     def both(
@@ -111,21 +111,45 @@ class Mamba2Mixer(nn.Module):
         eps, weight_E = self.gated_norm_eps, self.norm_weight
         if read_S is None:
             z_TE, xBC, dt_TH = self._project(u_TD)
-            y_TE, r_TE = self._scan_both(xBC, dt_TH, offsets_B1, position_T, reversed_T)
+            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
+            r_TE = self._scan_reversed(xBC, dt_TH, offsets_B1, position_T, reversed_T)
             return self.out_proj(
                 gated_norm_both(y_TE, r_TE, z_TE, weight_E, eps, beta, reversed_T, restore_order)
             )
         xBC, dt_TH = self._project_scan(u_TD)
-        y_TE, r_TE = self._scan_both(xBC, dt_TH, offsets_B1, position_T, reversed_T)
         mirror_S = reversed_T.index_select(0, read_S)
+        y_SE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
         z_SE = self._project_gate(u_TD, read_S)
-        y_SE = gated_norm(y_TE.index_select(0, read_S), z_SE, weight_E, eps)
-        if restore_order:
-            r_SE = r_TE.index_select(0, mirror_S)
-        else:
-            r_SE = r_TE.index_select(0, read_S)
+        y_SE = gated_norm(y_SE, z_SE, weight_E, eps)
+        if not restore_order:
             z_SE = self._project_gate(u_TD, mirror_S)
+        r_SE = self._scan_reversed(
+            xBC, dt_TH, offsets_B1, position_T, reversed_T, mirror_S if restore_order else read_S
+        )
         return self.out_proj(y_SE + beta * gated_norm(r_SE, z_SE, weight_E, eps))
+
+    def step(
+        self, u_BD: Tensor, conv_BKM: Tensor, ssm_BHPN: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward direction one token on, for B sequences: out [B, D] and both states.
+
+        conv_BKM: the last K - 1 inputs of the convolution, oldest first. ssm_BHPN: h of the
+        recurrence in `modules.ssd`. Both are 0 in front of a sequence.
+        """
+        z_BE, xBC_BM, dt_BH = self._project(u_BD)
+        window_BKM = torch.cat([conv_BKM, xBC_BM.unsqueeze(1)], 1)
+        xBC_BM = F.silu((window_BKM * self.conv_weight.t()).sum(1) + self.conv_bias)
+        x_BE, B_BN, C_BN = torch.split(xBC_BM, [self.inner, self.state, self.state], dim=-1)
+        x_BHP = x_BE.unflatten(-1, (self.heads, self.head))
+        dt_BH = F.softplus(dt_BH + self.dt_bias)
+        kept_BH = torch.exp(dt_BH * -torch.exp(self.A_log))
+        added_BHPN = (dt_BH.unsqueeze(2) * x_BHP).unsqueeze(3) * B_BN[:, None, None]
+        ssm_BHPN = torch.addcmul(added_BHPN, kept_BH[:, :, None, None], ssm_BHPN)
+        y_BHP = (ssm_BHPN @ C_BN[:, None, :, None]).squeeze(3) + self.D.unsqueeze(1) * x_BHP
+        out_BD = self.out_proj(
+            gated_norm(y_BHP.flatten(1), z_BE, self.norm_weight, self.gated_norm_eps)
+        )
+        return out_BD, window_BKM[:, 1:], ssm_BHPN
 
     def _project(self, u_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, xBC and dt, before convolution and softplus."""
@@ -143,31 +167,38 @@ class Mamba2Mixer(nn.Module):
         """z at some rows, [S, E]."""
         return F.linear(u_TD.index_select(0, rows_S), self.in_proj.weight[: self.inner])
 
-    def _scan(self, xBC: Tensor, dt_TH: Tensor, offsets_B1: Tensor, position_T: Tensor) -> Tensor:
-        """Convolution and SSD of projected rows, y [T, E]."""
+    def _scan(
+        self,
+        xBC: Tensor,
+        dt_TH: Tensor,
+        offsets_B1: Tensor,
+        position_T: Tensor,
+        read_S: Tensor | None = None,
+    ) -> Tensor:
+        """Convolution and SSD of projected rows, y [T, E], or [S, E] at the tokens `read_S`."""
         dt_TH = F.softplus(at_least_fp32(dt_TH) + self.dt_bias)
         A_H = -torch.exp(self.A_log)
         xBC = causal_conv_reference(xBC, self.conv_weight, self.conv_bias, position_T)
         x_TE, B_TN, C_TN = torch.split(xBC, [self.inner, self.state, self.state], dim=-1)
         x_THP = x_TE.unflatten(-1, (self.heads, self.head))
         if torch.jit.is_scripting():
-            y_THP = ssd_reference(x_THP, dt_TH, A_H, B_TN, C_TN, self.D, offsets_B1)
+            y_THP = ssd_reference(x_THP, dt_TH, A_H, B_TN, C_TN, self.D, offsets_B1, read_S)
         else:
-            y_THP = ssd(x_THP, dt_TH, A_H, B_TN, C_TN, self.D, offsets_B1)
+            y_THP = ssd(x_THP, dt_TH, A_H, B_TN, C_TN, self.D, offsets_B1, read_S)
         return y_THP.flatten(1)
 
-    def _scan_both(
+    def _scan_reversed(
         self,
         xBC: Tensor,
         dt_TH: Tensor,
         offsets_B1: Tensor,
         position_T: Tensor,
         reversed_T: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The scans of the sequences and of the reversed sequences, [T, E] each."""
-        y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
+        read_S: Tensor | None = None,
+    ) -> Tensor:
+        """`_scan` of the reversed sequences."""
         xBC, dt_TH = permute_rows(xBC, reversed_T), permute_rows(dt_TH, reversed_T)
-        return y_TE, self._scan(xBC, dt_TH, offsets_B1, position_T)
+        return self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
 
 
 class FeedForward(nn.Module):
@@ -226,7 +257,6 @@ class Layer(nn.Module):
 
         Only the scans need every token: with `read_S` the rest is done at those rows alone.
         """
-        rate = self.dropout if self.training else 0.0
         if self.bidirectional:
             mixed_TD = self.mixer.both(
                 x_TD, offsets_B1, position_T, reversed_T, self.beta, self.restore_order, read_S
@@ -235,6 +265,17 @@ class Layer(nn.Module):
             mixed_TD = self.mixer(x_TD, offsets_B1, position_T, read_S)
         if read_S is not None:
             x_TD = x_TD.index_select(0, read_S)
+        return self._behind_mixer(mixed_TD, x_TD, x_TD.dtype if dtype is None else dtype)
+
+    def step(
+        self, x_BD: Tensor, conv_BKM: Tensor, ssm_BHPN: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`Mamba2Mixer.step` with the rest of the layer, which has no memory."""
+        mixed_BD, conv_BKM, ssm_BHPN = self.mixer.step(x_BD, conv_BKM, ssm_BHPN)
+        return self._behind_mixer(mixed_BD, x_BD, x_BD.dtype), conv_BKM, ssm_BHPN
+
+    def _behind_mixer(self, mixed_TD: Tensor, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        rate = self.dropout if self.training else 0.0
         H_TD = residual_norm(
             mixed_TD, x_TD, self.norm1.weight, self.norm1.bias, self.norm1.eps, rate, x_TD.dtype
         )
@@ -245,7 +286,7 @@ class Layer(nn.Module):
             self.norm2.bias,
             self.norm2.eps,
             rate,
-            x_TD.dtype if dtype is None else dtype,
+            dtype,
         )
 
 
@@ -293,6 +334,11 @@ class Encoder(nn.Module):
             )
             for _ in range(layers)
         )
+        self.causal, self.width = kind == "causal", width
+        inner = expand * width
+        self.conv_sizes = [conv - 1, inner + 2 * state]
+        self.ssm_sizes = [inner // head, head, state]
+        self.state_numbers = layers * (math.prod(self.conv_sizes) + math.prod(self.ssm_sizes))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -316,6 +362,28 @@ class Encoder(nn.Module):
             else:
                 x_TD = layer(x_TD, offsets_B1, position_T, reversed_T, read_positions_S, dtype)
         return x_TD
+
+    @torch.jit.export
+    def step(self, x_BD: Tensor, state_BF: Tensor) -> tuple[Tensor, Tensor]:
+        """One event on, for B sequences: (h [B, D] as `forward` reads it there, the next state).
+
+        state_BF: fp32, F = state_numbers, each layer's convolution inputs [K - 1, E + 2N] and
+        recurrent state [H, P, N] one behind the other; 0 in front of a sequence. The cost does not
+        depend on the events before. For the causal encoder without dropout or autocast.
+        """
+        if not self.causal:
+            raise RuntimeError("a bidirectional encoder reads whole histories and has no state")
+        x_BD = self.norm(x_BD)
+        conv_numbers = self.conv_sizes[0] * self.conv_sizes[1]
+        numbers = state_BF.shape[1] // len(self.layers)
+        states: list[Tensor] = []
+        for number, layer in enumerate(self.layers):
+            of_layer = state_BF[:, number * numbers : (number + 1) * numbers]
+            conv_BKM = of_layer[:, :conv_numbers].unflatten(1, self.conv_sizes)
+            ssm_BHPN = of_layer[:, conv_numbers:].unflatten(1, self.ssm_sizes)
+            x_BD, conv_BKM, ssm_BHPN = layer.step(x_BD, conv_BKM, ssm_BHPN)  # type: ignore[operator]
+            states += [conv_BKM.flatten(1), ssm_BHPN.flatten(1)]
+        return x_BD, torch.cat(states, 1)
 
     @torch.jit.unused
     def _stream(self, x_TD: Tensor) -> Tensor:

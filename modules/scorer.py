@@ -1,7 +1,7 @@
 """The scriptable model that is exported: packed histories in, the best items and scores out.
 
 Legend: T packed tokens, B sequences, V table rows, D width, R rows of one block, K = k,
-N pairs to leave out, M those that lie in a block.
+N pairs to leave out, M those that lie in a block, F numbers of a user's state.
 
 The item rows are no part of the module: they are plain tensors (fp32, fp16, or int8 with one scale
 a row) in blocks, given once by `set_rows` on the device that computes, and turned to fp32 a block
@@ -38,6 +38,8 @@ class Scorer(nn.Module):
         self.no_row = NO_ROW
         self.table_rows = 0
         self.width = 0
+        # A causal encoder's state and, behind it, the user vector h; 0 where it has no state.
+        self.state_numbers = encoder.state_numbers + encoder.width if encoder.causal else 0
         self.rows, self.scales, self.first_rows = [], [], []
 
     @torch.jit.export
@@ -62,12 +64,14 @@ class Scorer(nn.Module):
         exclude_seen: bool = True,
         exclude_items_N: Tensor | None = None,
         exclude_sequences_N: Tensor | None = None,
+        allowed_V: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(table rows [B, k] int64, scores [B, k] fp32), best first.
 
         items_T: int64 table rows; sequence b is tokens offsets[b] to offsets[b+1], oldest first.
         exclude_seen: leave out the items of the sequence itself.
         exclude_items_N, exclude_sequences_N: further pairs (item, sequence) to leave out.
+        allowed_V: bool, the table rows that may be recommended; None for all.
 
         Reserved rows are never recommended. Where fewer than k items remain, and for an empty
         sequence, of which the model knows nothing, the rest is NO_ROW with -inf. Equal scores
@@ -82,7 +86,7 @@ class Scorer(nn.Module):
             items_N = torch.cat([items_N, exclude_items_N])
             sequences_N = torch.cat([sequences_N, exclude_sequences_N])
         h_BD = self.hidden(items_T, offsets_B1)
-        rows_BK, scores_BK = self.top(h_BD, k, items_N, sequences_N)
+        rows_BK, scores_BK = self.top(h_BD, k, items_N, sequences_N, allowed_V)
         empty_B1 = (offsets_B1[1:] == offsets_B1[:-1]).unsqueeze(1)
         return rows_BK.masked_fill(empty_B1, self.no_row), scores_BK.masked_fill(
             empty_B1, -float("inf")
@@ -102,7 +106,12 @@ class Scorer(nn.Module):
 
     @torch.jit.export
     def top(
-        self, h_BD: Tensor, k: int, exclude_items_N: Tensor, exclude_sequences_N: Tensor
+        self,
+        h_BD: Tensor,
+        k: int,
+        exclude_items_N: Tensor,
+        exclude_sequences_N: Tensor,
+        allowed_V: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The k best items for user vectors, as `forward`; pairs (item, sequence) are left out."""
         if k < 1:
@@ -119,6 +128,8 @@ class Scorer(nn.Module):
                     first = self.first_rows[number] + start
                     scores = h_BD @ self._dequantised(number, start, stop).t()
                     scores[:, : max(0, self.reserved_rows - first)] = -float("inf")
+                    if allowed_V is not None:
+                        scores.masked_fill_(~allowed_V[first : first + stop - start], -float("inf"))
                     here = (exclude_items_N >= first) & (exclude_items_N < first + stop - start)
                     here_M = here.nonzero().squeeze(1)
                     sequences_M = exclude_sequences_N[here_M]
@@ -130,6 +141,17 @@ class Scorer(nn.Module):
                         best_score, merged = torch.cat([best_score, score], 1).topk(k, dim=1)
                         best_row = torch.cat([best_row, place + first], 1).gather(1, merged)
         return best_row.masked_fill(best_score == -float("inf"), self.no_row), best_score
+
+    @torch.jit.export
+    def advance(self, state_BF: Tensor, items_B: Tensor) -> Tensor:
+        """The states of B users one event later, fp32 [B, F]; a new user's is 0.
+
+        F = state_numbers. The last D numbers are h as `hidden` gives it for the whole history.
+        """
+        with torch.no_grad():
+            carried = state_BF[:, : self.state_numbers - self.width]
+            h_BD, carried = self.encoder.step(self.look_up(items_B), carried)
+            return torch.cat([carried, h_BD], 1)
 
     @torch.jit.export
     def look_up(self, items_T: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     python -m tools.score_histories bundle=BUNDLE input=PATH|GLOB output=DIR k=100
     torchrun --nproc_per_node=N -m tools.score_histories …
 
-The unit is an output file: up to `part_users` users of one row group of histories. Of N processes
-the r-th writes every N-th unit, each under a temporary name that is renamed, so a killed run goes
+The unit is an output file: some users of one row group of histories. Of N processes the r-th
+writes every N-th unit, each under a temporary name that is renamed, so a killed run goes
 on with what is missing. There is no collective: processes meet through files in the output folder
 alone. Memory is one row group and one file, however large the input.
 
@@ -24,6 +24,7 @@ import torch
 from configs.command import command
 from data.bundle import Bundle
 from data.errors import InputError, check_whole
+from data.item_filter import ItemFilter, read_filter
 from data.log_files import LogFiles, find_files
 from data.reader import HistoryDataset
 from data.schema import HISTORIES, MANIFEST, VOCABULARY, Manifest
@@ -32,7 +33,7 @@ from data.scoring import UPTO, Unit, score_unit, units_of
 from tools.stages import print_table
 
 # A batch's temporaries should stay in a CPU's cache, and a GPU wants many tokens at once.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 LOG_OPTIONS = ("max_bad_rows", "row_group_events", "memory_limit", "threads")  # of a raw log alone
 GROUPED = "grouped"  # a raw log's histories, inside the output while it is unfinished
 
@@ -49,7 +50,11 @@ class ScoreConfig:
     upto: str = "all"
     batch_tokens: int | None = None
     device: str = "auto"
-    part_users: int = 8192
+    part_users: int | None = None
+    allow_items: str | list[Any] | None = None
+    block_items: str | list[Any] | None = None
+    block_by_user: str | None = None
+    block_by_user_column: str = "item_ids"
     columns: dict[str, str | None] = field(default_factory=dict)
     csv: dict[str, Any] = field(default_factory=dict)
     max_bad_rows: int = 0
@@ -61,7 +66,7 @@ class ScoreConfig:
         least = {"k": 1, "batch_tokens": 1, "part_users": 1, "row_group_events": 1, "threads": 1}
         for name, minimum in (least | {"max_bad_rows": 0}).items():
             value = getattr(self, name)
-            if name not in ("batch_tokens", "threads") or value is not None:
+            if name not in ("batch_tokens", "threads", "part_users") or value is not None:
                 check_whole(name, value, minimum)
         if not isinstance(self.exclude_seen, bool):
             raise InputError(f"exclude_seen={self.exclude_seen} must be true or false")
@@ -108,6 +113,13 @@ def score(config: ScoreConfig) -> dict[str, Any] | None:
         raise InputError(f"k={config.k} is more than the bundle's {bundle.vocabulary.size} items")
     files = None if _is_dataset(config.input) else find_files(config.input)
     dataset_folder = Path(str(config.input))
+    items = read_filter(
+        bundle.vocabulary,
+        config.allow_items,
+        config.block_items,
+        config.block_by_user,
+        config.block_by_user_column,
+    )
     if files is None:
         _refuse_log_options(config)
         _check_same_items(Manifest.read(dataset_folder), bundle, dataset_folder)
@@ -118,7 +130,7 @@ def score(config: ScoreConfig) -> dict[str, Any] | None:
     if not folder.begin(place.rank == 0):
         return None  # the others did all that there was before this process came
     try:
-        return _score(config, folder, dataset_folder, files, bundle, place, started)
+        return _score(config, folder, dataset_folder, files, bundle, items, place, started)
     except InputError:
         if place.rank > 0 and folder.finished:
             return None  # nothing was left for this process, and its input has been cleared away
@@ -133,6 +145,7 @@ def _score(
     dataset_folder: Path,
     files: LogFiles | None,
     bundle: Bundle,
+    items: ItemFilter,
     place: Place,
     started: float,
 ) -> dict[str, Any] | None:
@@ -146,7 +159,7 @@ def _score(
         log_counts = Manifest.read(dataset_folder).counts
     dataset = HistoryDataset(dataset_folder)
     units = units_of(dataset, config.part_users)
-    _score_units(config, folder, dataset, bundle, units, place)
+    _score_units(config, folder, dataset, bundle, items, units, place)
     if place.rank > 0:
         return None
     for unit in units:
@@ -167,6 +180,7 @@ def _score_units(
     folder: ScoreFolder,
     dataset: HistoryDataset,
     bundle: Bundle,
+    items: ItemFilter,
     units: list[Unit],
     place: Place,
 ) -> None:
@@ -187,6 +201,7 @@ def _score_units(
                 upto=config.upto,
                 k=config.k,
                 exclude_seen=config.exclude_seen,
+                items=items,
                 batch_tokens=config.batch_tokens or BATCH_TOKENS[place.device.type],
                 done=bar.update,
             )
@@ -228,14 +243,22 @@ def _job(config: ScoreConfig, bundle: Bundle, files: LogFiles | None) -> dict[st
     """What the output depends on, so that a run goes on only with what is its own."""
     source: Any
     if files is None:
-        content = (Path(str(config.input)) / MANIFEST).read_bytes()
-        source = hashlib.sha256(content).hexdigest()
+        source = _content(Path(str(config.input)) / MANIFEST)
     else:
         facts = [(path, os.stat(path)) for path in files.paths]
         source = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in facts]
     kept = ("k", "exclude_seen", "upto", "part_users", "columns", "csv", "row_group_events")
     options = {name: value for name, value in asdict(config).items() if name in kept}
+    for name in ("allow_items", "block_items", "block_by_user"):
+        value = getattr(config, name)
+        options[name] = value if value is None or isinstance(value, list) else _content(Path(value))
+    options["block_by_user_column"] = config.block_by_user_column
     return {"bundle": bundle.manifest.fingerprint, "input": source, **options}
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _group(config: ScoreConfig, files: LogFiles, bundle: Bundle, folder: Path) -> None:

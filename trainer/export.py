@@ -43,6 +43,7 @@ from data.vocabulary import Vocabulary
 from modules.encoder import Encoder
 from modules.scorer import Scorer, quantise
 from trainer.checkpoint import CONFIG, PROBE, find, read_state
+from trainer.checkpoint_files import Planner, Reader, find_damage
 from trainer.config import ModelConfig
 from trainer.parity import QUALITY_USERS, Parity, compare, held_out_ndcg
 from trainer.stored_rows import StoredTable
@@ -110,6 +111,9 @@ def export(config: ExportConfig) -> BundleManifest:
 def open_source(path: Path, data: str | None) -> Source:
     """Find the checkpoint that `path` names and what belongs to it. Raises InputError."""
     folder = find(path)
+    damage = find_damage(folder)
+    if damage is not None:
+        raise InputError(f"checkpoint {folder} is damaged: {damage}; export another one")
     config = _run_config(folder / CONFIG)
     shown = config["data"].get("max_history")
     if shown is not None:
@@ -163,7 +167,8 @@ def load_encoder(source: Source) -> Encoder:
         try:
             dcp.load(
                 {"model": {"encoder": encoder.state_dict()}},
-                checkpoint_id=str(source.folder),
+                storage_reader=Reader(source.folder),
+                planner=Planner(),
                 no_dist=True,
             )
         except dcp.api.CheckpointException as error:

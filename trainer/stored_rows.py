@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from data.errors import InputError, reason
 from modules.item_table import TABLE
+from trainer.checkpoint_files import read_metadata
 
 TABLE_NAME = f"model.table.collection.embeddings.{TABLE}.weight"
 
@@ -40,13 +40,7 @@ class StoredTable:
     """The table of a checkpoint folder. Raises InputError where the folder holds none."""
 
     def __init__(self, folder: Path, name: str = TABLE_NAME) -> None:
-        reader = FileSystemReader(str(folder))
-        try:
-            metadata = reader.read_metadata()
-        except Exception as error:  # a damaged pickle fails in a dozen ways
-            raise InputError(
-                f"{folder / '.metadata'} is damaged ({reason(error)}); use another checkpoint"
-            ) from error
+        metadata = read_metadata(folder)
         table = metadata.state_dict_metadata.get(name)
         if not isinstance(table, TensorStorageMetadata):
             raise InputError(f"{folder} holds no item table ({name}); give a checkpoint of a run")

@@ -16,7 +16,7 @@ WIDTH = 16
 def make(kind: str, **changes) -> Encoder:
     torch.manual_seed(0)
     sizes = dict(width=WIDTH, layers=2, state=4, head=8, expand=2, conv=4, dropout=0.0)
-    return Encoder(kind, norm_embedding=True, **{**sizes, **changes}).double()
+    return Encoder(kind, **{**sizes, "norm_embedding": True, **changes}).double()
 
 
 def offsets_of(lengths: list[int], unused: int = 0) -> Tensor:
@@ -49,6 +49,35 @@ def test_causal_reads_no_later_token():
     after = encoder(x, offsets_of([20]))
     assert torch.equal(before[:12], after[:12])
     assert not torch.allclose(before[12:], after[12:])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layers": 1},
+        {"layers": 3, "conv": 2, "head": 16},
+        {"conv": 1},
+        {"norm_embedding": False},
+    ],
+)
+@torch.no_grad()
+def test_steps_give_what_the_whole_history_gives(changes):
+    """Three sequences in step, every token of each, from a state of zeros."""
+    encoder = make("causal", dropout=0.3, **changes).eval()
+    x = torch.randn(3, 40, WIDTH, dtype=torch.float64)
+    whole = encoder(x.flatten(0, 1), offsets_of([40] * 3)).view(x.shape)
+    state = torch.zeros(3, encoder.state_numbers, dtype=torch.float64)
+    for event in range(40):
+        h, state = encoder.step(x[:, event], state)
+        torch.testing.assert_close(h, whole[:, event])
+    assert state.shape == (3, encoder.state_numbers)
+
+
+def test_a_bidirectional_encoder_has_no_state():
+    encoder = make("bidirectional")
+    with pytest.raises(RuntimeError, match="reads whole histories and has no state"):
+        encoder.step(torch.zeros(1, WIDTH), torch.zeros(1, encoder.state_numbers))
 
 
 def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:

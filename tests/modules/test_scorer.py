@@ -9,7 +9,7 @@ from modules.encoder import Encoder
 from modules.scorer import NO_ROW, Scorer, quantise
 
 WIDTH, TABLE_ROWS = 16, 60
-LENGTHS = [5, 1, 0, 129, 17, 0]
+LENGTHS = [5, 1, 0, 290, 17, 0]  # few reads among many tokens
 
 
 def make(kind: str = "causal", score_bytes: int = 1 << 20) -> tuple[Scorer, Tensor]:
@@ -111,6 +111,41 @@ def test_further_pairs_are_left_out():
             exclude = torch.cat([history, items[sequences == number]])
             expected, _ = plain(scorer.encoder, table, history, 10, exclude)
             assert torch.equal(rows[number], expected)
+
+
+@torch.no_grad()
+def test_only_allowed_rows_are_recommended():
+    scorer, table = make(score_bytes=64)
+    scorer.set_rows(list(table.split(31)), [])
+    allowed = torch.zeros(TABLE_ROWS, dtype=torch.bool)
+    allowed[[2, 9, 30, 31, 59]] = True  # 2 is reserved
+    rows, _ = scorer(*packed(histories()), 6, False, allowed_V=allowed)
+    for number, history in enumerate(histories()):
+        if len(history):
+            others = (~allowed).nonzero().squeeze(1)
+            expected, _ = plain(scorer.encoder, table, history, 6, others)
+            assert torch.equal(rows[number], expected)
+            assert (rows[number] == NO_ROW).sum() == 2
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_a_state_moved_event_by_event_scores_as_the_whole_history(scripted):
+    scorer, table = make()
+    model = torch.jit.script(scorer) if scripted else scorer
+    model.set_rows(list(table.split(25)), [])
+    parts = [part for part in histories() if len(part)]
+    states = torch.zeros(len(parts), model.state_numbers)
+    for event in range(max(map(len, parts))):
+        going = torch.tensor([n for n, part in enumerate(parts) if event < len(part)])
+        items = torch.stack([parts[n][event] for n in going])
+        states[going] = model.advance(states[going], items)
+    expected_h = model.hidden(*packed(parts))
+    torch.testing.assert_close(states[:, -WIDTH:], expected_h, rtol=1e-4, atol=1e-5)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    rows, scores = model.top(states[:, -WIDTH:], 12, nothing, nothing)
+    expected_rows, expected = model(*packed(parts), 12, False)
+    assert torch.equal(rows, expected_rows)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("fp16", 2**-11), ("int8", 0.5 / 127)])

@@ -69,10 +69,41 @@ def test_values_and_gradients_are_the_recurrence(lengths, padding, unused):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize(
+    "reads",
+    [[4], [4, 20, 21, 71, 86], [86, 0, 20, 20, 19, 50]],
+    ids=["one", "last", "any"],
+)
+def test_reading_some_tokens_is_reading_them_of_all(reads):
+    """The last tokens of sequences, or any, in any order, repeated; padding behind them."""
+    *leaves, offsets = inputs([5, CHUNK, 1, 3 * CHUNK + 2, CHUNK - 1], padding=7, unused=2)
+    reads = torch.tensor(reads)
+    some = ssd_reference(*leaves, offsets, reads, chunk=CHUNK)
+    slow = recurrence(*leaves, offsets).index_select(0, reads)
+    torch.testing.assert_close(some, slow)
+    weights = torch.randn_like(slow)
+    for got, expected in zip(
+        torch.autograd.grad(some, leaves, weights),
+        torch.autograd.grad(slow, leaves, weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_decay_beyond_the_range_of_exp_gives_numbers():
+    x, dt, _, B, C, D, offsets = inputs([CHUNK, 5])
+    A = torch.full((2,), -1e4, dtype=torch.float64, requires_grad=True)
+    y = ssd_reference(x, dt, A, B, C, D, offsets, chunk=CHUNK)
+    torch.testing.assert_close(y, recurrence(x, dt, A, B, C, D, offsets))
+    for gradient in torch.autograd.grad(y.square().sum(), (x, dt, A, B, C, D)):
+        assert torch.isfinite(gradient).all()
+
+
 def test_padding_gives_zero_and_takes_no_gradient():
     x, dt, A, B, C, D, offsets = inputs([3, 4], padding=5)
     y = ssd_reference(x, dt, A, B, C, D, offsets, chunk=4)
     assert not y[7:].any()
+    assert not ssd_reference(x, dt, A, B, C, D, offsets, torch.tensor([9, 7]), chunk=4).any()
     (gradient,) = torch.autograd.grad(y.square().sum(), x)
     assert not gradient[7:].any()
 

@@ -143,7 +143,7 @@ def test_suites_are_chosen_by_name() -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    arguments = ["suite=[ssd,loss]", f"output={output}", "device=cpu", "quick=true"]
+    arguments = ["suite=[ssd,loss,state]", f"output={output}", "device=cpu", "quick=true"]
     small = ["model.width=32"]
     done = subprocess.run(
         [sys.executable, "-m", "tools.benchmark", *arguments, *small],
@@ -158,13 +158,16 @@ def test_command_line(tmp_path: Path) -> None:
     found = json.loads(output.read_text())
     assert not found["failures"]
     assert found["quick"] is True
-    assert found["command"].startswith("python -m tools.benchmark suite=[ssd,loss]")
+    assert found["command"].startswith("python -m tools.benchmark suite=[ssd,loss,state]")
     assert "hydra" not in found["command"]
     assert found["versions"]["torch"]
-    assert {row["suite"] for row in found["rows"]} == {"ssd", "loss"}
+    assert {row["suite"] for row in found["rows"]} == {"ssd", "loss", "state"}
     assert {row["by"] for row in found["rows"]} >= {"ours", "plain logits"}
     for row in found["rows"]:
         assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+        if row["suite"] == "state":
+            assert row["floor_ms"] is None
+            continue
         assert row["times_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"])
         assert row["per_second"] == pytest.approx(1e3 * row["work"] / row["median_ms"])
     assert [one for one in found["skipped"] if "liger" in one["text"]]

@@ -96,6 +96,47 @@ def test_a_data_set_scores_as_one_user_at_a_time(made, tmp_path, upto, exclude_s
     assert (upto == "train") == (len(expected) < USERS)
 
 
+def write_ids(path: Path, **columns) -> str:
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_lists_of_items_bound_what_is_recommended(made, tmp_path, as_file):
+    allow, block = ["i9", "i12", "i30", "i31", "i57", "unknown"], ["i30", "i50", "other"]
+    if as_file:
+        allow = write_ids(tmp_path / "allow.parquet", item_id=allow)
+        block = write_ids(tmp_path / "block.parquet", item_id=block)
+    score(config(made, tmp_path / "all", k=ITEMS))
+    lists = {"allow_items": allow, "block_items": block}
+    summary = score(config(made, tmp_path / "s", k=3, **lists, batch_tokens=64))
+    everything, wanted = scores_of(tmp_path / "all"), {"i9", "i12", "i31", "i57"}
+    expected = {}
+    for user, (items, scores) in everything.items():
+        kept = [pair for pair in zip(items, scores, strict=True) if pair[0] in wanted][:3]
+        expected[user] = ([item for item, _ in kept], [one for _, one in kept])
+    assert_same(scores_of(tmp_path / "s"), expected)
+    assert summary["users_short"] == sum(len(items) < 3 for items, _ in expected.values()) > 0
+
+
+def test_single_users_have_items_of_their_own_left_out(made, tmp_path):
+    """Listed in any order, twice, with unknown users and items, with none, and with null."""
+    users = ["u40", "u3", "stranger", "u3", "u41", "u42", "u69"]
+    items = [["i9", "i10"], ["i11", "none"], ["i12"], ["i13"], [], None, ["i8", "i9"]]
+    path = write_ids(tmp_path / "users.parquet", user_id=users, not_these=items)
+    score(config(made, tmp_path / "all", k=ITEMS))
+    options = {"block_by_user": path, "block_by_user_column": "not_these"}
+    score(config(made, tmp_path / "s", k=5, **options, batch_tokens=50, part_users=11))
+    expected = {}
+    for user, (best, scores) in scores_of(tmp_path / "all").items():
+        out = {
+            one for who, some in zip(users, items, strict=True) if who == user for one in some or ()
+        }
+        kept = [pair for pair in zip(best, scores, strict=True) if pair[0] not in out][:5]
+        expected[user] = ([item for item, _ in kept], [one for _, one in kept])
+    assert_same(scores_of(tmp_path / "s"), expected)
+
+
 def test_as_many_items_as_there_are(made, tmp_path):
     summary = score(config(made, tmp_path / "s", k=ITEMS))
     for number, history in enumerate(made.histories):
@@ -246,6 +287,19 @@ def test_units_do_not_depend_on_the_number_of_processes(made):
     assert len({unit.name for unit in units}) == len(units) == 7  # groups of 30, 30 and 10 users
 
 
+@pytest.mark.parametrize(("users", "parts"), [(70, 1), (40_000, 64), (10_000_000, 1221)])
+def test_a_data_set_has_units_for_many_processes(users, parts):
+    class OneGroup:
+        group_starts_G1 = np.array([0, users])
+
+        def __len__(self) -> int:
+            return users
+
+    units = units_of(OneGroup(), None)
+    assert len(units) == parts
+    assert max(unit.users for unit in units) <= 8192
+
+
 def test_refusals(made, tmp_path):
     output = tmp_path / "s"
 
@@ -269,6 +323,20 @@ def test_refusals(made, tmp_path):
     for option in ({"columns": {"user": "foo"}}, {"csv": {"types": {"item_id": "VARCHAR"}}}):
         refused("(columns.user|csv.types)=.* is for a raw log, but input=.* leave", **option)
     refused("threads=2 is for a raw log", threads=2)
+    ids = write_ids(tmp_path / "ids.parquet", item_id=["i9"], user_id=["u1"])
+    refused("allow_items=none.parquet does not exist", allow_items="none.parquet")
+    refused(
+        "block_items=.* has no column item_id, only i",
+        block_items=write_ids(tmp_path / "x.parquet", i=[1]),
+    )
+    refused("leave none of the bundle's 50 items", allow_items=["i9"], block_items=ids)
+    refused("block_by_user=.* has no column item_ids", block_by_user=ids)
+    column = {"block_by_user": ids, "block_by_user_column": "item_id"}
+    refused("column item_id is string, not a list", **column)
+    numbers = write_ids(tmp_path / "n.parquet", item_id=[1])
+    refused("allow_items: item ids are int64 here but string", allow_items=numbers)
+    odd = write_ids(tmp_path / "odd.parquet", user_id=[[1]], item_ids=[["i9"]])
+    refused(r"block_by_user has user ids of type list.*, the histories string", block_by_user=odd)
     (tmp_path / "cut" / "histories").mkdir(parents=True)
     refused("is not a finished data set", input=str(tmp_path / "cut"))
 

@@ -1,0 +1,299 @@
+"""Users' states on the disk: what a causal encoder carries forward, one row a user.
+
+    manifest.json             the model that they belong to, counts, sizes and hashes; written last
+    states/part-NNNNN.parquet user_id, state [F], seen, last_items (table rows), last_time, events
+
+`state` is `Bundle.new_states`' numbers in fp32 or fp16. `seen` are the distinct items, `last_items`
+those of the events at `last_time`, `events` how many moved the state.
+
+Legend: U users of a part, F numbers of a state, N events.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from data.bundle import Bundle, all_numbers
+from data.conversion import sealed
+from data.errors import InputError, reason
+from data.schema import MANIFEST, DataFile, write_atomically
+
+STATES_VERSION = 1
+STATES = "states"
+NUMBERS: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+PART_BYTES = 1 << 27  # of a file's states in fp32
+NONE = np.zeros(0, np.int64)
+TOGETHER = 32  # users moved on at once: their states should stay near the processor
+
+
+@dataclass(frozen=True)
+class StateManifest:
+    """What a folder of states is."""
+
+    fingerprint: str  # of the bundle's files: states of one model mean nothing to another
+    numbers: str  # fp32 | fp16
+    users: int
+    counts: dict[str, int]  # of the run that wrote it
+    parts: list[DataFile]
+    scores: list[DataFile]
+    states_version: int = STATES_VERSION
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        write_atomically(folder / MANIFEST, text.encode())
+
+    @classmethod
+    def read(cls, folder: Path, bundle: Bundle) -> "StateManifest":
+        """Raises InputError for a folder that holds no finished states, or another model's."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise InputError(
+                f"states={folder} holds no finished states ({MANIFEST} is absent); name a folder "
+                "that tools.update_states wrote, or leave states out to start anew"
+            )
+        try:
+            raw = json.loads(path.read_bytes())
+            if raw.get("states_version") != STATES_VERSION:
+                raise InputError(
+                    f"{path} is not of states version {STATES_VERSION}, which this program reads; "
+                    "build the states anew"
+                )
+            for name in ("parts", "scores"):
+                raw[name] = [DataFile(**one) for one in raw[name]]
+            manifest = cls(**raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({error}); build the states anew") from error
+        for one in manifest.parts:
+            if Path(one.path).is_absolute() or ".." in Path(one.path).parts:
+                raise InputError(f"{path} names {one.path}, outside its own folder")
+        if manifest.fingerprint != bundle.manifest.fingerprint:
+            raise InputError(
+                f"states={folder} are of another model than bundle {bundle.folder}; name that "
+                "model's bundle, or build the states anew from the whole log"
+            )
+        return manifest
+
+
+@dataclass
+class StatePart:
+    """Some users' states in memory. last_time: an Arrow array in the log's own type."""
+
+    user_ids: pa.Array
+    state_UF: Tensor
+    seen: list[np.ndarray]
+    last_items: list[np.ndarray]
+    last_time: pa.Array
+    events_U: np.ndarray
+
+    @classmethod
+    def new(cls, bundle: Bundle, user_ids: pa.Array, time_type: pa.DataType) -> "StatePart":
+        """Users without an event."""
+        users = len(user_ids)
+        return cls(
+            user_ids,
+            bundle.new_states(users),
+            [NONE] * users,
+            [NONE] * users,
+            pa.nulls(users, time_type),
+            np.zeros(users, np.int64),
+        )
+
+    @classmethod
+    def read(cls, folder: Path, file: DataFile) -> "StatePart":
+        """Raises InputError, naming the file, where it is not what the manifest says."""
+        path = folder / file.path
+        try:
+            with path.open("rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
+                    raise InputError(
+                        f"{path} is damaged, its hash is not the manifest's; copy the states again"
+                    )
+            table = pq.read_table(path).combine_chunks()
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{path} cannot be read ({reason(error)}); copy it again") from error
+        state = table["state"].combine_chunks()
+        numbers = state.flatten().to_numpy().reshape(len(table), state.type.list_size)
+        return cls(
+            table["user_id"].combine_chunks(),
+            torch.from_numpy(numbers.astype(np.float32)),
+            _arrays(table["seen"].combine_chunks()),
+            _arrays(table["last_items"].combine_chunks()),
+            table["last_time"].combine_chunks(),
+            table["events"].to_numpy().copy(),
+        )
+
+    def write(self, folder: Path, number: int, kind: str) -> DataFile:
+        """Raises InputError for states beyond the range of fp16."""
+        with np.errstate(over="ignore"):
+            numbers = self.state_UF.numpy().astype(NUMBERS[kind], copy=False)
+        if not np.isfinite(numbers).all():
+            raise InputError(f"a state is beyond the range of {kind}; use numbers=fp32")
+        columns = {
+            "user_id": self.user_ids,
+            "state": pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), numbers.shape[1]),
+            "seen": _lists(self.seen),
+            "last_items": _lists(self.last_items),
+            "last_time": self.last_time,
+            "events": pa.array(self.events_U),
+        }
+        path = folder / STATES / f"part-{number:05d}.parquet"
+        pq.write_table(
+            pa.table(columns), path, compression="lz4", use_dictionary=False, write_statistics=False
+        )
+        return sealed(folder, path)
+
+
+def _arrays(lists: pa.ListArray) -> list[np.ndarray]:
+    values = lists.flatten().to_numpy().astype(np.int64)
+    bounds = np.append(0, np.cumsum(lists.value_lengths().to_numpy()))
+    return [values[a:b] for a, b in pairwise(bounds.tolist())]
+
+
+def _lists(arrays: list[np.ndarray]) -> pa.Array:
+    bounds = pa.array(np.cumsum([0, *map(len, arrays)]), pa.int32())
+    flat = np.concatenate([NONE, *arrays])
+    return pa.ListArray.from_arrays(bounds, pa.array(flat, pa.int32()))
+
+
+@dataclass(frozen=True)
+class NewEvents:
+    """Events of a log by user, in time order: user u's are offsets_U1[u] to offsets_U1[u + 1].
+
+    times_N: numbers that order as the log's times. All in memory.
+    """
+
+    user_ids: pa.Array
+    offsets_U1: np.ndarray
+    items_N: np.ndarray
+    times: pa.Array
+    times_N: np.ndarray
+
+    @classmethod
+    def read(cls, folder: Path, files: list[DataFile]) -> "NewEvents":
+        """The histories of a grouped log (`data.score_input.group_log`)."""
+        columns = ["user_id", "items", "timestamps"]
+        tables = [pq.read_table(folder / one.path, columns=columns) for one in files]
+        table = pa.concat_tables(tables).combine_chunks()
+        items, times = table["items"].combine_chunks(), table["timestamps"].combine_chunks()
+        offsets_U1 = np.append(0, np.cumsum(items.value_lengths().to_numpy())).astype(np.int64)
+        flat = times.flatten()
+        return cls(
+            table["user_id"].combine_chunks(),
+            offsets_U1,
+            items.flatten().to_numpy().astype(np.int64),
+            flat,
+            _ordered(flat),
+        )
+
+    def __len__(self) -> int:
+        """Users."""
+        return len(self.user_ids)
+
+
+def _ordered(times: pa.Array) -> np.ndarray:
+    if pa.types.is_temporal(times.type):
+        times = times.cast(pa.int64())
+    return pc.fill_null(times, 0).to_numpy()
+
+
+def apply(
+    bundle: Bundle, part: StatePart, new: NewEvents, theirs: np.ndarray, repeats: str
+) -> dict[str, int]:
+    """Move the part's users on by their new events, in place; the counts of what happened.
+
+    theirs: int64 [U], each user's place in `new`, -1 for none. repeats: the bundle's rule
+    `deduplicate`. Late events (before the user's last) and duplicates (those of the last time that
+    are in the state already, and repeats by the rule) are passed over.
+    """
+    last_U = _ordered(part.last_time)
+    known_U = pc.is_valid(part.last_time).to_numpy(zero_copy_only=False)
+    taken: list[np.ndarray] = []
+    late = duplicate = 0
+    for user, place in enumerate(theirs.tolist()):
+        events = np.arange(new.offsets_U1[place], new.offsets_U1[place + 1]) if place >= 0 else NONE
+        if place >= 0 and known_U[user]:
+            in_time = events[new.times_N[events] >= last_U[user]]
+            kept = in_time[_is_new(part, user, new, in_time, last_U[user], repeats)]
+            late += len(events) - len(in_time)
+            duplicate += len(in_time) - len(kept)
+            events = kept
+        taken.append(events)
+    lengths_U = np.array([len(events) for events in taken], np.int64)
+    _advance(bundle, part.state_UF, new.items_N, taken, lengths_U)
+    _remember(part, new, taken, last_U, known_U)
+    part.events_U += lengths_U
+    return {
+        "users_updated": int((lengths_U > 0).sum()),
+        "events_applied": int(lengths_U.sum()),
+        "events_late": late,
+        "events_duplicate": duplicate,
+    }
+
+
+def _is_new(
+    part: StatePart, user: int, new: NewEvents, events: np.ndarray, last: Any, repeats: str
+) -> np.ndarray:
+    """Which of a user's events, none of them late, are no duplicates: bool."""
+    items = new.items_N[events]
+    fresh = ~((new.times_N[events] == last) & np.isin(items, part.last_items[user]))
+    if repeats == "user_item":
+        fresh &= ~np.isin(items, part.seen[user])
+    elif repeats == "consecutive" and fresh.any():
+        first = int(fresh.argmax())
+        fresh[first] = items[first] != part.last_items[user][-1]
+    return fresh
+
+
+def _advance(
+    bundle: Bundle,
+    state_UF: Tensor,
+    items_N: np.ndarray,
+    taken: list[np.ndarray],
+    lengths_U: np.ndarray,
+) -> None:
+    """Users of like numbers of events together, event by event."""
+    order = np.argsort(-lengths_U, kind="stable")
+    order = order[: int((lengths_U > 0).sum())]
+    for start in range(0, len(order), TOGETHER):
+        users = order[start : start + TOGETHER]
+        states = state_UF[users]
+        for event in range(int(lengths_U[users[0]])):
+            going = int((lengths_U[users] > event).sum())
+            items = items_N[[taken[user][event] for user in users[:going]]]
+            states[:going] = bundle.advance(states[:going], torch.from_numpy(items))
+        state_UF[users] = states
+    if not all_numbers(state_UF.abs()):
+        raise InputError(f"bundle {bundle.folder} answers NaN or infinity; export another one")
+
+
+def _remember(
+    part: StatePart,
+    new: NewEvents,
+    taken: list[np.ndarray],
+    last_U: np.ndarray,
+    known_U: np.ndarray,
+) -> None:
+    """Seen items, the last time and the items at it."""
+    newest_U = np.full(len(taken), -1)
+    for user, events in enumerate(taken):
+        if not len(events):
+            continue
+        items, times = new.items_N[events], new.times_N[events]
+        part.seen[user] = np.union1d(part.seen[user], items)
+        if known_U[user] and last_U[user] == times[-1]:
+            part.last_items[user] = np.concatenate([part.last_items[user], items])
+        else:
+            part.last_items[user] = items[times == times[-1]]
+        newest_U[user] = events[-1]
+    times = new.times.take(pa.array(np.maximum(newest_U, 0)))
+    part.last_time = pc.if_else(pa.array(newest_U >= 0), times, part.last_time)

@@ -1,0 +1,197 @@
+"""States carried forward day by day answer as the whole log scored from scratch."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from data.bundle import Bundle, BundleManifest
+from data.errors import InputError
+from data.log_query import LogRules
+from data.schema import RESERVED_ROWS
+from tests.tools.test_score_histories import scores_of
+from tests.trained_run import ITEMS, Trained, run_command, trained
+from tools.score_histories import ScoreConfig, score
+from tools.update_states import Report, UpdateConfig, update
+
+DAYS = 3
+
+
+@pytest.fixture(scope="module")
+def made() -> Trained:
+    return trained()
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory) -> list[Path]:
+    """A log of 40 users by day, with ties in time, unknown items, and users who come later."""
+    folder, random = tmp_path_factory.mktemp("log"), np.random.default_rng(4)
+    paths = []
+    for day in range(DAYS):
+        users = random.integers(0, 10 * (day + 1), 150)
+        items = random.integers(RESERVED_ROWS, RESERVED_ROWS + ITEMS + 5, 150)
+        times = random.integers(100 * day, 100 * day + 60, 150)
+        paths.append(write_log(folder / f"day{day}.parquet", users, items, times))
+    return paths
+
+
+def write_log(path: Path, users, items, times) -> Path:
+    columns = {
+        "user_id": [f"user {user}" for user in users],
+        "item_id": [f"i{item}" for item in items],
+        "timestamp": pa.array(times, pa.int64()),
+    }
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def move(made: Trained, output: Path, *events: Path, **changes) -> Report:
+    options = {"bundle": str(made.bundle), "events": [str(one) for one in events]}
+    return update(UpdateConfig(**options | {"output": str(output)} | changes))
+
+
+def from_scratch(bundle: Path, output: Path, events: list[Path], **changes) -> dict:
+    options = {"bundle": str(bundle), "input": [str(one) for one in events], "device": "cpu"}
+    score(ScoreConfig(**options, output=str(output), k=8, **changes))
+    return scores_of(output)
+
+
+def assert_close(got: dict, expected: dict) -> None:
+    """The same items; scores as far as another order of sums allows."""
+    assert got.keys() == expected.keys()
+    for user, (items, scores) in expected.items():
+        assert got[user][0] == items
+        np.testing.assert_allclose(got[user][1], scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_days_one_by_one_score_as_the_whole_log(made, days, tmp_path, exclude_seen):
+    before, users = None, 0
+    for day in range(DAYS):
+        now = tmp_path / f"states{day}"
+        options = {"k": 8, "exclude_seen": exclude_seen, "states": before and str(before)}
+        report = move(made, now, days[day], **options)
+        whole = from_scratch(
+            made.bundle, tmp_path / f"s{day}", days[: day + 1], exclude_seen=exclude_seen
+        )
+        moved = scores_of(now / "scores")
+        assert_close(moved, {user: whole[user] for user in moved})
+        counts = report.manifest.counts
+        assert counts["users_updated"] == len(moved)
+        assert counts["events_applied"] + counts["events_unknown"] == 150
+        assert counts["events_late"] == counts["events_duplicate"] == 0
+        assert report.manifest.users == len(whole) == users + counts["users_new"]
+        users, before = len(whole), now
+    assert counts["users_new"] < counts["users_updated"]
+
+
+def test_the_same_log_twice_changes_nothing(made, days, tmp_path):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    move(made, once, days[0])
+    report = move(made, twice, days[0], states=str(once))
+    counts = report.manifest.counts
+    assert counts["events_applied"] == counts["users_updated"] == counts["users_new"] == 0
+    assert counts["events_late"] + counts["events_duplicate"] + counts["events_unknown"] == 150
+    assert min(counts["events_late"], counts["events_duplicate"]) > 0
+    assert report.break_even_events is None
+    (first,), (second,) = (sorted((one / "states").iterdir()) for one in (once, twice))
+    assert pq.read_table(first).equals(pq.read_table(second))
+
+
+def test_late_and_duplicate_events_are_told_apart(made, tmp_path):
+    first = write_log(tmp_path / "a.parquet", [1, 1, 1], [9, 10, 11], [5, 7, 7])
+    # 4 is late; (10, 7) and (11, 7) are there; (9, 7) and (12, 8) are new.
+    second = write_log(tmp_path / "b.parquet", [1] * 5, [20, 10, 11, 9, 12], [4, 7, 7, 7, 8])
+    move(made, tmp_path / "a", first)
+    report = move(made, tmp_path / "b", second, states=str(tmp_path / "a"), k=8)
+    counts = report.manifest.counts
+    assert [counts[f"events_{kind}"] for kind in ("late", "duplicate", "applied")] == [1, 2, 2]
+    same = write_log(tmp_path / "c.parquet", [1] * 5, [9, 10, 11, 9, 12], [5, 7, 7, 7, 8])
+    assert_close(
+        scores_of(tmp_path / "b" / "scores"), from_scratch(made.bundle, tmp_path / "s", [same])
+    )
+    (part,) = (tmp_path / "b" / "states").iterdir()
+    (row,) = pq.read_table(part, columns=["seen", "last_items", "last_time", "events"]).to_pylist()
+    assert row == {"seen": [9, 10, 11, 12], "last_items": [12], "last_time": 8, "events": 5}
+
+
+@pytest.mark.parametrize("rule", ["user_item", "consecutive"])
+def test_the_bundles_rule_on_repeats_holds_against_the_state(made, tmp_path, rule):
+    folder = tmp_path / "bundle"
+    shutil.copytree(made.bundle, folder)
+    manifest = BundleManifest.read(folder)
+    rules = LogRules(deduplicate=rule).as_options()
+    replace(manifest, data=manifest.data | {"options": rules}).write(folder)
+    first = write_log(tmp_path / "a.parquet", [1, 1, 2], [9, 10, 9], [1, 2, 1])
+    second = write_log(tmp_path / "b.parquet", [1, 1, 1, 2, 2], [10, 9, 11, 12, 9], [3, 4, 5, 6, 7])
+    move(made, tmp_path / "x", first, bundle=str(folder))
+    report = move(made, tmp_path / "y", second, bundle=str(folder), states=str(tmp_path / "x"), k=8)
+    assert report.manifest.counts["events_duplicate"] == {"user_item": 3, "consecutive": 1}[rule]
+    assert_close(
+        scores_of(tmp_path / "y" / "scores"), from_scratch(folder, tmp_path / "s", [first, second])
+    )
+
+
+def test_fp16_halves_the_states_and_hardly_moves_the_scores(made, days, tmp_path):
+    reports = {}
+    for kind in ("fp32", "fp16"):
+        move(made, tmp_path / kind, days[0], numbers=kind)
+        states = {"states": str(tmp_path / kind), "numbers": kind, "k": 8}
+        reports[kind] = move(made, tmp_path / f"{kind}b", days[1], **states)
+    assert reports["fp32"].bytes_a_state == 2 * reports["fp16"].bytes_a_state
+    exact, near = (scores_of(tmp_path / f"{kind}b" / "scores") for kind in reports)
+    assert exact.keys() == near.keys()
+    for user, (_, scores) in exact.items():
+        np.testing.assert_allclose(near[user][1], scores, rtol=0.02, atol=0.02)
+
+
+def test_the_command_reports_bytes_and_break_even(made, days, tmp_path):
+    command = ["tools.update_states", f"bundle={made.bundle}"]
+    run_command(*command, f"events={days[0]}", f"output={tmp_path / 'a'}")
+    options = [f"states={tmp_path / 'a'}", f"output={tmp_path / 'b'}", "numbers=fp16"]
+    printed = run_command(*command, f"events={days[1]}", *options)
+    numbers = Bundle.open(made.bundle, torch.device("cpu")).new_states(1).shape[1]
+    assert f"{2 * numbers:,} of state" in printed
+    assert "break-even" in printed
+    names = {path.name for path in (tmp_path / "b").iterdir()}
+    assert names == {"manifest.json", "states"}
+
+
+def test_refusals(made, days, tmp_path):
+    output, states = tmp_path / "s", tmp_path / "states"
+    move(made, states, days[0])
+
+    def refused(match: str, *events: Path, **changes) -> None:
+        with pytest.raises(InputError, match=match):
+            move(made, output, *(events or days[1:2]), **changes)
+        assert not output.exists()
+
+    refused("numbers=int8 is unknown; choose fp32 | fp16", numbers="int8")
+    refused("k=-1 must be a whole number", k=-1)
+    refused("holds no finished states", states=str(made.data / "histories"))
+    refused("is not of states version 1", states=str(made.data))
+    path = states / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"fingerprint": "another"}))
+    refused("are of another model than bundle", states=str(states))
+    path.write_text(json.dumps(manifest))
+    floats = pq.read_table(days[1])
+    floats = floats.set_column(2, "timestamp", floats["timestamp"].cast(pa.float64()))
+    pq.write_table(floats, tmp_path / "floats.parquet")
+    refused(
+        "times are double in the log but int64", tmp_path / "floats.parquet", states=str(states)
+    )
+    (part,) = (states / "states").iterdir()
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    refused("is damaged, its hash is not the manifest's", states=str(states))
+    bundle = Bundle.open(made.bundle, torch.device("cpu"))
+    whole = replace(bundle, model=SimpleNamespace(state_numbers=0))
+    with pytest.raises(InputError, match="bidirectional and reads whole histories"):
+        whole.new_states(1)
