@@ -1,6 +1,7 @@
 """Export: the bundle answers as the trainer, loads with torch alone, and is refused when off."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from data.errors import InputError
 from data.schema import VOCABULARY
 from tests.trained_run import Trained, run_command, trained
 from trainer.checkpoint import find
+from trainer.checkpoint_files import checksums, write_manifest
 from trainer.export import ExportConfig, export
 from trainer.parity import compare
 from trainer.stored_rows import TABLE_NAME, StoredTable
@@ -154,6 +156,12 @@ def test_stored_rows_of_any_sharding(shards, dtype, tmp_path):
         assert torch.equal(torch.cat(list(table.blocks(block_bytes))), whole.float())
 
 
+def seal(folder: Path) -> None:
+    """Give the checkpoint the checksums of its files, to try what lies behind them."""
+    files = [one for one in folder.iterdir() if one.name != "files.json"]
+    write_manifest(folder, checksums(files))
+
+
 def test_a_model_that_is_off_is_refused(made, tmp_path):
     """A probe that another model answered: nothing is written."""
     folder = tmp_path / "run"
@@ -161,6 +169,7 @@ def test_a_model_that_is_off_is_refused(made, tmp_path):
     probe = torch.load(folder / "probe.pt", weights_only=True)
     probe["items"] = probe["items"].roll(1, 0)
     torch.save(probe, folder / "probe.pt")
+    seal(folder)
     with pytest.raises(InputError, match=r"below min_agreement=0\.95"):
         export(ExportConfig(str(folder), str(tmp_path / "b")))
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
@@ -178,10 +187,12 @@ def test_a_model_that_answers_nan_is_refused(made, tmp_path, monkeypatch):
     probe = torch.load(folder / "probe.pt", weights_only=True)
     probe["scores"][2, 3] = torch.nan
     torch.save(probe, folder / "probe.pt")
+    seal(folder)
     with pytest.raises(InputError, match=r"checkpoint's model answers NaN .*an earlier checkpoint"):
         export(config)
     probe["scores"][2] = -torch.inf  # no item at all: the mean overlap is NaN
     torch.save(probe, folder / "probe.pt")
+    seal(folder)
     with pytest.raises(InputError, match="below min_agreement"):
         export(config)
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
@@ -256,6 +267,9 @@ def test_damaged_checkpoints_are_named(made, tmp_path, name, spoil, message):
     shutil.copytree(find(made.run), folder)
     (path,) = folder.glob(name)
     spoil(path)
+    with pytest.raises(InputError, match=rf"is damaged: .*{re.escape(path.name)}"):
+        export(ExportConfig(str(folder), str(tmp_path / "b")))
+    seal(folder)
     with pytest.raises(InputError, match=message) as raised:
         export(ExportConfig(str(folder), str(tmp_path / "b")))
     assert "\n" not in str(raised.value)
@@ -267,6 +281,7 @@ def test_a_run_that_saw_part_of_the_histories_is_not_exported(made, tmp_path):
     shutil.copytree(find(made.run), folder)
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("max_history: null", "max_history: 9"))
+    seal(folder)
     with pytest.raises(InputError, match=r"saw data\.max_history=9 events of a history"):
         export(ExportConfig(str(folder), str(tmp_path / "b")))
 
@@ -277,6 +292,7 @@ def test_a_data_set_that_moved_is_named_on_the_command_line(made, tmp_path):
     shutil.copytree(find(made.run), folder)
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace(str(made.data), "elsewhere/data"))
+    seal(folder)
     command = ["trainer.export", f"checkpoint={folder}", f"output={tmp_path / 'b'}"]
     line = run_command(*command, fails=True)
     assert "elsewhere/data" in line
