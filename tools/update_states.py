@@ -124,7 +124,8 @@ def update(config: UpdateConfig) -> Report:
                 writer.old(StatePart.read(old_folder, file))
         writer.new_users()
         seconds = time.monotonic() - started - writer.seconds_scoring
-        counts = {"events_unknown": grouped.counts["events_unknown"]} | writer.counts
+        counts = {name: grouped.counts[name] for name in ("events_unknown", "events_bad")}
+        counts |= writer.counts
         manifest = StateManifest(
             bundle.manifest.fingerprint,
             config.numbers,
@@ -240,6 +241,7 @@ def _print(report: Report, output: str) -> None:
         ("users", f"{manifest.users:,} ({counts['users_new']:,} new)"),
         ("users moved on", f"{counts['users_updated']:,} by {counts['events_applied']:,} events"),
         ("events of unknown items", f"{counts['events_unknown']:,} (passed over)"),
+        ("bad rows", f"{counts['events_bad']:,} (skipped)"),
         ("late events", f"{counts['events_late']:,} (passed over)"),
         ("duplicate events", f"{counts['events_duplicate']:,} (passed over)"),
         ("bytes a user", f"{report.bytes_a_state:,} of state, {size / manifest.users:,.0f} in all"),

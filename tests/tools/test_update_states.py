@@ -22,6 +22,7 @@ from tools.score_histories import ScoreConfig, score
 from tools.update_states import Report, UpdateConfig, update
 
 DAYS = 3
+INTEGERS = pa.int64()
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +43,11 @@ def days(tmp_path_factory) -> list[Path]:
     return paths
 
 
-def write_log(path: Path, users, items, times) -> Path:
+def write_log(path: Path, users, items, times, kind: pa.DataType = INTEGERS) -> Path:
     columns = {
         "user_id": [f"user {user}" for user in users],
         "item_id": [f"i{item}" for item in items],
-        "timestamp": pa.array(times, pa.int64()),
+        "timestamp": pa.array(times, kind),
     }
     pq.write_table(pa.table(columns), path)
     return path
@@ -105,21 +106,24 @@ def test_the_same_log_twice_changes_nothing(made, days, tmp_path):
     assert pq.read_table(first).equals(pq.read_table(second))
 
 
-def test_late_and_duplicate_events_are_told_apart(made, tmp_path):
-    first = write_log(tmp_path / "a.parquet", [1, 1, 1], [9, 10, 11], [5, 7, 7])
+@pytest.mark.parametrize("kind", [INTEGERS, pa.timestamp("us"), pa.timestamp("ns")], ids=str)
+def test_late_and_duplicate_events_are_told_apart(made, tmp_path, kind):
+    first = write_log(tmp_path / "a.parquet", [1, 1, 1], [9, 10, 11], [5, 7, 7], kind)
     # 4 is late; (10, 7) and (11, 7) are there; (9, 7) and (12, 8) are new.
-    second = write_log(tmp_path / "b.parquet", [1] * 5, [20, 10, 11, 9, 12], [4, 7, 7, 7, 8])
+    second = write_log(tmp_path / "b.parquet", [1] * 5, [20, 10, 11, 9, 12], [4, 7, 7, 7, 8], kind)
     move(made, tmp_path / "a", first)
     report = move(made, tmp_path / "b", second, states=str(tmp_path / "a"), k=8)
     counts = report.manifest.counts
     assert [counts[f"events_{kind}"] for kind in ("late", "duplicate", "applied")] == [1, 2, 2]
-    same = write_log(tmp_path / "c.parquet", [1] * 5, [9, 10, 11, 9, 12], [5, 7, 7, 7, 8])
+    same = write_log(tmp_path / "c.parquet", [1] * 5, [9, 10, 11, 9, 12], [5, 7, 7, 7, 8], kind)
     assert_close(
         scores_of(tmp_path / "b" / "scores"), from_scratch(made.bundle, tmp_path / "s", [same])
     )
     (part,) = (tmp_path / "b" / "states").iterdir()
-    (row,) = pq.read_table(part, columns=["seen", "last_items", "last_time", "events"]).to_pylist()
-    assert row == {"seen": [9, 10, 11, 12], "last_items": [12], "last_time": 8, "events": 5}
+    table = pq.read_table(part)
+    assert table["last_time"].cast(pa.int64()).to_pylist() == [8]
+    (row,) = table.select(["seen", "last_items", "events"]).to_pylist()
+    assert row == {"seen": [9, 10, 11, 12], "last_items": [12], "events": 5}
 
 
 @pytest.mark.parametrize("rule", ["user_item", "consecutive"])
