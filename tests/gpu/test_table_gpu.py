@@ -164,7 +164,7 @@ def test_a_sampled_step_does_not_grow_with_the_catalogue(world):
     """1 M to 100 M rows: the same time within 20 %, the same memory besides the table."""
     seconds, peaks = [], []
     for rows in (1_000_000, LARGE):
-        run = run_of(
+        run = stepper_of(
             world,
             rows,
             "embedding.dtype=fp16",
