@@ -26,7 +26,7 @@ from data.bundle import Bundle
 from data.errors import InputError, check_whole
 from data.item_filter import ItemFilter, read_filter
 from data.log_files import LogFiles, find_files
-from data.reader import HistoryDataset
+from data.reader import HistoryDataset, damaged_files
 from data.schema import HISTORIES, MANIFEST, VOCABULARY, Manifest
 from data.score_output import ScoreFolder, summarise
 from data.scoring import UPTO, Unit, score_unit, units_of
@@ -123,6 +123,8 @@ def score(config: ScoreConfig) -> dict[str, Any] | None:
     if files is None:
         _refuse_log_options(config)
         _check_same_items(Manifest.read(dataset_folder), bundle, dataset_folder)
+        if place.rank == 0:
+            _check_whole(dataset_folder)
     elif config.upto != "all":
         raise InputError(f"upto={config.upto} is for a converted data set; a raw log has no split")
 
@@ -229,6 +231,11 @@ def _refuse_log_options(config: ScoreConfig) -> None:
                 f"{name}={value} is for a raw log, but input={config.input} is a data set; "
                 f"leave {name} out"
             )
+
+
+def _check_whole(folder: Path) -> None:
+    for path, what in damaged_files(folder).items():
+        raise InputError(f"{folder / path} {what}; copy the data set again, or convert its log again")
 
 
 def _check_same_items(manifest: Manifest, bundle: Bundle, folder: Path) -> None:
