@@ -5,7 +5,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,11 +21,11 @@ from tests.data.datasets import random_histories, write_dataset
 from tests.trainer.test_config import composed
 from tools.benchmarks.measure import release
 from trainer import build
-from trainer.checkpoint import RunState, checkpoint_path, load, save
+from trainer.checkpoint import RunState, Saver, checkpoint_path, load
 from trainer.config import Config
 from trainer.distributed import World, process_group
 from trainer.evaluate import look_up
-from trainer.loop import Run, train_step
+from trainer.loop import Stepper
 from trainer.memory import memory_by_rank
 from trainer.sharding import Sharded, plan_table, shard
 
@@ -49,8 +48,8 @@ def world(process_world):
     return process_world
 
 
-def run_of(world: World, rows: int, *overrides: str, tokens: int = 4096) -> Run:
-    """As much of a run as `train_step` reads, on a sampled softmax."""
+def run_of(world: World, rows: int, *overrides: str, tokens: int = 4096) -> Stepper:
+    """Takes steps on a sampled softmax."""
     config = composed(
         f"model.width={WIDTH}",
         "model.layers=1",
@@ -63,8 +62,7 @@ def run_of(world: World, rows: int, *overrides: str, tokens: int = 4096) -> Run:
         "embedding.learning_rate=0.05",
         *overrides,
     )
-    sharded = sharded_of(config, rows, world)
-    return Run(config.trainer, "", SEED, Path(), world, sharded, rows, None, None, 0.0)  # type: ignore[arg-type]
+    return Stepper(sharded_of(config, rows, world), config.trainer, world, SEED)
 
 
 def sharded_of(config: Config, rows: int, world: World) -> Sharded:
@@ -102,7 +100,7 @@ def batches(rows: int, count: int, tokens: int = 4096) -> list[Step]:
 
 
 @torch.no_grad()
-def rows_of(run: Run, ids: torch.Tensor) -> torch.Tensor:
+def rows_of(run: Stepper, ids: torch.Tensor) -> torch.Tensor:
     return look_up(run.sharded.recommender, ids.to(run.world.device)).cpu()
 
 
@@ -116,15 +114,17 @@ def test_an_offloaded_table_is_the_one_in_memory(world, tmp_path, offload, optim
     there = run_of(world, rows, *chosen, f"embedding.offload={offload}")
     assert_rows_equal(there, rows_of(here, every))
     for number, step in enumerate(steps):
-        losses = [train_step(run, step, number) for run in (here, there)]
+        losses = [run.take(step, number).loss for run in (here, there)]
         torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
     trained = rows_of(there, every)
     torch.testing.assert_close(trained, rows_of(here, every), rtol=1e-3, atol=1e-4)
 
     # What the cache holds reaches the checkpoint, and a load empties the cache.
-    save(tmp_path, there.sharded, RunState(step=6), world, "", {})
+    with Saver(tmp_path, there.sharded, world, RunState(), "", 1, False, print) as saver:
+        saver.save(RunState(step=6), {})
+        saver.require_written(saver.settle(RunState(step=6)))
     for number, step in enumerate(steps):
-        train_step(there, step, number)
+        there.take(step, number)
     further = rows_of(there, every)
     assert not torch.equal(further, trained)
     load(checkpoint_path(tmp_path, 6), there.sharded)
@@ -136,11 +136,11 @@ def test_an_offloaded_table_is_the_one_in_memory(world, tmp_path, offload, optim
         load(checkpoint_path(tmp_path, 6), run.sharded)
         assert_rows_equal(run, trained)
         for number, step in enumerate(steps):
-            train_step(run, step, number)
+            run.take(step, number)
         torch.testing.assert_close(rows_of(run, every), further, rtol=1e-3, atol=1e-4)
 
 
-def assert_rows_equal(run: Run, expected: torch.Tensor) -> None:
+def assert_rows_equal(run: Stepper, expected: torch.Tensor) -> None:
     found = rows_of(run, torch.arange(len(expected)))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -155,7 +155,7 @@ def test_a_hundred_million_rows_of_fp16(world):
     (step,) = batches(LARGE, 1)
     touched = step.batch.features["history"].values()
     before = rows_of(run, touched)
-    assert torch.isfinite(train_step(run, step, 0))
+    assert torch.isfinite(run.take(step, 0).loss)
     assert (rows_of(run, touched) != before).any(1).float().mean() > 0.99
 
 
@@ -172,14 +172,14 @@ def test_a_sampled_step_does_not_grow_with_the_catalogue(world):
         )
         steps = batches(rows, 30, 16_384)
         for number, step in enumerate(steps[:10]):
-            train_step(run, step, number)
+            run.take(step, number)
         torch.cuda.synchronize()
         table = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         times = []
         for number, step in enumerate(steps[10:]):
             started = time.perf_counter()
-            train_step(run, step, number)
+            run.take(step, number)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
         seconds.append(statistics.median(times))
