@@ -35,13 +35,14 @@ def warm_start(config: Config, vocabulary: Vocabulary, sharded: Sharded, world: 
     its optimizer is another.
     """
     folder = checkpoint.find(Path(str(config.init_from)))
-    checkpoint.verify(folder, world)
     before = yaml.safe_load((folder / checkpoint.CONFIG).read_text())
     items = _old_items(before, config, vocabulary)
+    if config.init_optimizer:
+        _require_same_optimizer(before, config)
+    checkpoint.verify(folder, world)
     planner = GrownTable(RESERVED_ROWS + items, vocabulary.table_rows)
     kept = "rows"
     if config.init_optimizer:
-        _require_same_optimizer(before, config)
         checkpoint.load(folder, sharded, planner)
         kept = "rows and their optimizer state"
     else:

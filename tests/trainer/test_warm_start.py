@@ -9,7 +9,8 @@ from data.errors import InputError
 from data.schema import RESERVED_ROWS
 from data.vocabulary import Vocabulary
 from tests.trainer.test_config import composed
-from trainer.checkpoint import CONFIG, STATE
+from trainer.checkpoint import CONFIG
+from trainer.checkpoint_files import MANIFEST
 from trainer.warm_start import warm_start
 
 OLD = ["a", "b", "c"]
@@ -26,7 +27,7 @@ def checkpoint(tmp_path):
         "vocabulary": {"items": 3, "sha256": vocabulary(OLD).digest(3)},
         "embedding": {"optimizer": "adam"},
     }
-    (tmp_path / STATE).write_text("{}")
+    (tmp_path / MANIFEST).write_text("{}")
     (tmp_path / CONFIG).write_text(yaml.safe_dump(content))
     return tmp_path
 
@@ -35,16 +36,16 @@ def checkpoint(tmp_path):
 def test_another_vocabulary(checkpoint, items):
     config = composed(f"init_from={checkpoint}")
     with pytest.raises(InputError, match="was trained with another vocabulary"):
-        warm_start(config, vocabulary(items), None)
+        warm_start(config, vocabulary(items), None, None)
 
 
 def test_a_run_before_vocabularies_were_noted(checkpoint):
     (checkpoint / CONFIG).write_text("{}")
     with pytest.raises(InputError, match="was trained with another vocabulary"):
-        warm_start(composed(f"init_from={checkpoint}"), vocabulary(OLD), None)
+        warm_start(composed(f"init_from={checkpoint}"), vocabulary(OLD), None, None)
 
 
 def test_another_optimizer(checkpoint):
     config = composed(f"init_from={checkpoint}", "embedding.optimizer=sgd")
     with pytest.raises(InputError, match=r"embedding\.optimizer=adam, which sgd cannot use"):
-        warm_start(config, vocabulary([*OLD, "d"]), None)
+        warm_start(config, vocabulary([*OLD, "d"]), None, None)
