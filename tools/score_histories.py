@@ -235,7 +235,7 @@ def _refuse_log_options(config: ScoreConfig) -> None:
 
 def _check_whole(folder: Path) -> None:
     for path, what in damaged_files(folder).items():
-        raise InputError(f"{folder / path} {what}; copy the data set again, or convert its log again")
+        raise InputError(f"{folder / path} {what}; copy the data set or convert its log again")
 
 
 def _check_same_items(manifest: Manifest, bundle: Bundle, folder: Path) -> None:

@@ -341,6 +341,18 @@ def test_refusals(made, tmp_path):
     refused("is not a finished data set", input=str(tmp_path / "cut"))
 
 
+def test_a_flipped_bit_is_found_before_anything_is_written(made, tmp_path):
+    """Also in a footer, where no page's checksum covers it."""
+    data = shutil.copytree(made.data, tmp_path / "data")
+    path = max((data / "histories").iterdir())
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{path.name} is damaged.* again"):
+        score(config(made, tmp_path / "s", input=str(data)))
+    assert not (tmp_path / "s").exists()
+
+
 def test_options_of_a_log_are_refused_on_the_command_line(made, tmp_path):
     command = ["tools.score_histories", f"bundle={made.bundle}", f"input={made.data}", "k=5"]
     for option in ("columns.user=foo", "csv=null"):
