@@ -71,20 +71,22 @@ def process_group(device: str) -> Iterator[World]:
 def _store() -> dist.Store:
     """Where the ranks find each other.
 
-    torchrun keeps one store over its restarts, in which the addresses of ranks that died would be
-    found again: each attempt gets a part of its own. Agents of several hosts need not count alike.
+    torchrun may keep one store over its restarts, in which the addresses of ranks that died would
+    be found again, so each attempt gets a part of its own. That needs one agent: several do not
+    count attempts alike.
     """
     if "RANK" not in os.environ:
         return dist.HashStore()
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if attempt and shared and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    if attempt and kept and several:
         raise InputError(
             "torchrun restarts on several hosts need a store of their own each time: set "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every host"
         )
-    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    return dist.PrefixStore(f"attempt-{attempt}", store)
+    store: dist.Store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+    return dist.PrefixStore(f"attempt-{attempt}", store) if kept and not several else store
 
 
 def _device(device: str, local_rank: int, local_size: int) -> torch.device:
