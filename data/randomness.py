@@ -8,8 +8,6 @@ from enum import IntEnum
 
 import numpy as np
 
-MAX_SEED = 2**64 - 1
-
 
 class Purpose(IntEnum):
     """What a stream is for: equal numbers for two purposes would tie them together."""

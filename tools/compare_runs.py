@@ -21,19 +21,11 @@ from data.schema import write_atomically
 from trainer import plots
 from trainer.checkpoint import CONFIG, checkpoint_path, list_checkpoints
 from trainer.page import heading, image, page, paragraph, table
-from trainer.report import FIGURES, PROTOCOLS, SUMMARY
-from trainer.run_folder import flatten
+from trainer.report import FIGURES, PROTOCOLS
+from trainer.run_folder import SUMMARY, WATCHING_KEYS, flatten
 
 # Of a run's config: what says nothing of its result, or is said by another key or column.
-IGNORED = {
-    "run_dir",
-    "dry_run",
-    "seed",
-    "data.path",
-    "vocabulary.items",
-    "vocabulary.sha256",
-    "data.max_sequences",
-}
+IGNORED = WATCHING_KEYS | {"seed", "vocabulary.items", "vocabulary.sha256", "data.max_sequences"}
 TOTALS = {"epochs": 1, "seconds": 0, "tokens_per_second": 0}  # and their decimals
 SHOWN = [f"{protocol}.{name}" for protocol in PROTOCOLS for name in ("ndcg@10", "hr@10")]
 

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from data.errors import InputError
 
+MAX_STALL_SECONDS = 7200
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -198,6 +200,10 @@ def _check_values(config: Config) -> None:
     ]:
         if rate <= 0:
             raise InputError(f"{key}={rate} must be above 0")
+    if train.stall_seconds > MAX_STALL_SECONDS:
+        raise InputError(
+            f"trainer.stall_seconds={train.stall_seconds} is above {MAX_STALL_SECONDS}; 0 is off"
+        )
     if not 0 <= config.seed < 2**31:
         raise InputError(f"seed={config.seed} is outside [0, 2^31)")
 

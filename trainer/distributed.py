@@ -17,8 +17,10 @@ import torch.distributed.nn.functional
 import torch.distributed.optim
 
 from data.errors import InputError
+from trainer.config import MAX_STALL_SECONDS
 
-TIMEOUT = timedelta(minutes=30)  # loading and a table's initialisation are not alike on all ranks
+# Of a collective. Above the watchdog's bound, which names the rank that all others wait for.
+TIMEOUT = timedelta(seconds=2 * MAX_STALL_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,17 @@ def process_group(device: str) -> Iterator[World]:
     )
     try:
         yield World(rank, size, local_rank, local_size, where)
-    finally:
-        gc.collect()  # DDP and TorchRec's modules are cycles
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL's shutdown waits for the other ranks, and they may be waiting for this one.
+        if backend == "gloo":
+            _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    gc.collect()  # DDP and TorchRec's modules are cycles
+    dist.destroy_process_group()
 
 
 def _store() -> dist.Store:

@@ -33,7 +33,6 @@ class Sizes:
     width: int
     table_rows: int
     scored: int  # logits of a rank
-    rivals: int  # candidate rows that they are scored against
     dense: int  # parameters
 
     @classmethod
@@ -49,7 +48,6 @@ class Sizes:
             width=config.model.width,
             table_rows=table_rows,
             scored=positions * rivals,
-            rivals=rivals,
             dense=sum(one.numel() for one in model.encoder.parameters()),
         )
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from data.evaluation import EvaluationBatches
 from data.loader import Step, TrainingSteps
-from trainer.checkpoint import RunState, Saver
+from trainer.checkpoint import RunState
 from trainer.config import TrainerConfig
 from trainer.distributed import World, seed_step
 from trainer.evaluate import evaluate, top_items
 from trainer.observe import Observer, Outcome
-from trainer.sharding import Sharded
+from trainer.saver import Saver
+from trainer.sharding import Sharded, table_kernels
 from trainer.stop import signal_name
 from trainer.watchdog import Watchdog
 
@@ -71,6 +72,7 @@ def train(run: Run, steps: TrainingSteps, state: RunState) -> RunState:
         if evaluates or saves or signal:
             paused = run.observer.pause()
             run.observer.require_finite(state.step)
+            run.watchdog.beat("waiting for the checkpoint under way")
             state = run.saver.settle(state)
             if evaluates:
                 state = evaluate_and_judge(run, state)
@@ -80,6 +82,7 @@ def train(run: Run, steps: TrainingSteps, state: RunState) -> RunState:
             stop(run, state, signal)
         if out_of_patience(run, state):
             break
+    run.watchdog.beat("waiting for the checkpoint under way")
     state = run.saver.settle(state)
     if not state.best_step and state.step:  # resumed with fewer epochs than one evaluation takes
         state = evaluate_and_judge(run, state)
@@ -143,6 +146,9 @@ class Stepper:
         self._peaks = [(group, group["lr"]) for group in sharded.optimizer.param_groups]
         self._skips = config.nonfinite == "skip"
         sharded.recommender.drop_nonfinite_rows = self._skips
+        # FBGEMM's Adam counts every lookup as an update, those of an evaluation too.
+        self._tables = table_kernels(sharded.model)
+        self._updates = max((int(one.iter) for one in self._tables), default=0)
 
     def take(self, step: Step, number: int) -> Outcome:
         """Step `number` of the run, counted from 0."""
@@ -152,11 +158,14 @@ class Stepper:
         batch = step.batch.to(self.world.device, non_blocking=True)
         # Not zeroed in place: a captured graph returns its own buffers, which would add up.
         optimizer.zero_grad(set_to_none=True)
+        for table in self._tables:
+            table.iter_cpu.fill_(self._updates)
         loss = self.sharded.model(batch)
         value = loss.detach().clone()  # a captured graph writes the next step's in the same place
         if self._skips and not finite_everywhere(value):
             return Outcome(torch.zeros_like(value), None, rate, skipped=True)
         (loss * (self.world.size / batch.step_targets)).backward()
+        self._updates += 1
         norm = None
         if config.clip_norm or self._skips:
             most = config.clip_norm or math.inf

@@ -19,15 +19,16 @@ from typing import Any
 from configs.command import command
 from data.vocabulary import Vocabulary
 from trainer import build, checkpoint
-from trainer.checkpoint import RunState, Saver
+from trainer.checkpoint import RunState
 from trainer.config import Config, resolve_paths
 from trainer.distributed import World, process_group, quiet_libraries
 from trainer.dry_run import report_dry_run
 from trainer.finish import finish
 from trainer.loop import Run, train
 from trainer.open_data import open_data
-from trainer.report import REPORT, SUMMARY, write_report
+from trainer.report import REPORT, write_report
 from trainer.run_folder import RunFolder, run_folder
+from trainer.saver import Saver
 from trainer.sharding import Sharded, describe_plan, plan_table, shard
 from trainer.stop import stop_request
 from trainer.warm_start import warm_start
@@ -97,7 +98,7 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
         )
         state = train(run, steps, before)
         observer.close()
-        if state.step > before.step or not (run_dir / SUMMARY).exists():
+        if state.step > before.step or not folder.finished:
             finish(run, test, dataset, vocabulary, state, steps.counts)
         elif world.is_main:
             write_report(run_dir)

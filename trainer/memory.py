@@ -136,7 +136,9 @@ def _free_host() -> int:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     limit = Path("/sys/fs/cgroup/memory.max")  # a container's own limit
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text))
+        used = int(limit.with_name("memory.current").read_text())
+        stat = dict(one.split() for one in limit.with_name("memory.stat").read_text().splitlines())
+        free = min(free, int(text) - used + int(stat["inactive_file"]))
     return free
 
 

@@ -17,9 +17,8 @@ from trainer.checkpoint import CONFIG
 from trainer.observe import read_scalars
 from trainer.page import folded, heading, image, page, paragraph, table
 from trainer.published import PublishedDataSet, look_alike
-from trainer.run_folder import flatten
+from trainer.run_folder import SUMMARY, flatten
 
-SUMMARY = "summary.json"
 REPORT = "report.html"
 PROTOCOLS = {"filtered": "seen filtered", "unfiltered": "unfiltered"}
 FIGURES = [f"{name}@{k}" for k in (10, 20) for name in ("hr", "ndcg", "mrr")]
@@ -129,7 +128,7 @@ def _published(summary: dict[str, Any]) -> list[str]:
             heading("Published figures"),
             paragraph(
                 f"The data set has the users, items and events of {known.name}, but other events "
-                "are held out than in the published leave-one-out split (an other order of equal "
+                "are held out than in the published leave-one-out split (another order of equal "
                 "times is enough), so published figures are no measure for this run."
             ),
         ]

@@ -24,37 +24,43 @@ from trainer.checkpoint import CONFIG, FOLDER, find_damage, list_checkpoints
 from trainer.config import Config
 from trainer.distributed import World
 
+SUMMARY = "summary.json"  # of a run that has ended
 LOCK = ".lock"
 TOKEN = ".token"  # how the hosts find out whether they share the folder
 SHARED_SECONDS = 10.0  # that a network file system may take to show a file
-# What may differ between a run and its resumption: how long, how it is watched, where it lies.
-FREE_KEYS = {
+# What changes no result: where a run lies, how it is watched and saved.
+WATCHING_KEYS = {
     "run_dir",
     "dry_run",
     "data.path",  # the data's fingerprint is compared instead
-    "data.damaged_files",  # and which files were left out
+    "trainer.keep_checkpoints",
+    "trainer.checkpoint_every_steps",
+    "trainer.asynchronous_checkpoints",
+    "trainer.log_every_steps",
+    "trainer.stall_seconds",
+    "trainer.cuda_graphs",
+}
+# What may differ between a run and its resumption.
+FREE_KEYS = WATCHING_KEYS | {
+    "data.damaged_files",  # which files were left out is compared
     "embedding.sharding",
     "embedding.offload",
     "embedding.cache_share",
     "trainer.max_epochs",
     "trainer.patience",
-    "trainer.keep_checkpoints",
-    "trainer.checkpoint_every_steps",
-    "trainer.asynchronous_checkpoints",
-    "trainer.log_every_steps",
     "trainer.nonfinite",
-    "trainer.stall_seconds",
-    "trainer.cuda_graphs",
 }
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """path: the folder; config_text: the resolved config; newest: the checkpoint to resume."""
+    """path: the folder; config_text: the resolved config; newest: the checkpoint to resume;
+    finished: a run ended here before. Equal on every rank."""
 
     path: Path
     config_text: str
     newest: Path | None
+    finished: bool
 
 
 @contextmanager
@@ -69,40 +75,47 @@ def run_folder(
     content = describe(config, dataset, vocabulary)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     require_agreement(text, world)
-    lock = _take(run_dir) if world.is_main else None
+    lock = _take_for_all(run_dir, world)
     require_shared(run_dir, world)  # until here rank 0 may remove what a killed run left
     try:
         newest = newest_whole(run_dir, world)
         if newest is not None:
             _compare(run_dir, yaml.safe_load((newest / CONFIG).read_text()), content)
+        finished = [(run_dir / SUMMARY).exists()]
         dist.barrier()  # all have compared
+        dist.broadcast_object_list(finished, src=0)
         if world.is_main:
             write_atomically(run_dir / CONFIG, text.encode())
-        yield RunFolder(run_dir, text, newest)
+        yield RunFolder(run_dir, text, newest, finished[0])
     finally:
         if lock is not None:
             lock.close()
 
 
 def newest_whole(run_dir: Path, world: World) -> Path | None:
-    """The newest checkpoint whose files are as they were written. Collective.
+    """The newest checkpoint whose files are as they were written, or None before the first.
 
-    Damaged ones are named and set aside under another name, for a person to look at.
+    Collective. Damaged ones are named and set aside under another name, for a person to look at.
+    Raises InputError on every rank when all are damaged.
     """
-    for folder in reversed(list_checkpoints(run_dir)):
+    names = [[one.name for one in list_checkpoints(run_dir)]]
+    dist.broadcast_object_list(names, src=0)  # a network file system may show ranks different ones
+    for name in reversed(names[0]):
+        folder = run_dir / FOLDER / name
         damage = find_damage(folder, world)
         if damage is None:
             return folder
         dist.barrier()  # nobody reads it any more
         if world.is_main:
-            aside = folder.with_name(folder.name + ".damaged")
+            aside = folder.with_name(f"{name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            print(
-                f"checkpoint {folder} is damaged ({damage}): it is now {aside.name}, and the one "
-                "before it is used",
-                flush=True,
-            )
+            print(f"checkpoint {folder} is damaged ({damage}): it is now {aside.name}", flush=True)
+    if names[0]:
+        raise InputError(
+            f"no checkpoint of {run_dir} is whole, they are named ….damaged now; put a copy of one "
+            "back, or give a new run_dir"
+        )
     return None
 
 
@@ -175,6 +188,20 @@ def describe(config: Config, dataset: HistoryDataset, vocabulary: Vocabulary) ->
     return content
 
 
+def _take_for_all(run_dir: Path, world: World) -> Any:
+    """Rank 0's lock, None on the others. Raises InputError on every rank when there is none."""
+    lock, failure = None, [""]
+    if world.is_main:
+        try:
+            lock = _take(run_dir)
+        except InputError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise InputError(failure[0])
+    return lock
+
+
 def _take(run_dir: Path) -> Any:
     """Lock the folder, and remove what a killed run left half-written or half-removed."""
     try:
@@ -191,7 +218,7 @@ def _take(run_dir: Path) -> Any:
             f"another run is writing {run_dir}; wait for it, or give a new run_dir"
         ) from error
     for one in (run_dir / FOLDER).glob("step-*.tmp"):
-        shutil.rmtree(one)
+        shutil.rmtree(one, ignore_errors=True)
     return lock
 
 

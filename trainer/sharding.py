@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -192,6 +195,17 @@ def local_shards(model: DistributedModelParallel) -> list[tuple[torch.Tensor, in
                 row, column = part.metadata.shard_offsets
                 parts.append((part.tensor, row, column))
     return parts
+
+
+def table_kernels(model: DistributedModelParallel) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's modules under this rank's shards, which TorchRec keeps out of `modules()`."""
+    lookups = [one for module in model.modules() for one in getattr(module, "_lookups", [])]
+    return [
+        one
+        for lookup in lookups
+        for one in lookup.modules()
+        if isinstance(one, SplitTableBatchedEmbeddingBagsCodegen)
+    ]
 
 
 def _fused_optimizer(name: str, config: TableConfig) -> tuple[type, dict[str, Any]]:

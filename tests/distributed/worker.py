@@ -22,13 +22,14 @@ from modules.encoder import Encoder
 from modules.item_table import ItemTable
 from modules.losses import FullSoftmax, SampledSoftmax
 from modules.recommender import Recommender
-from trainer.checkpoint import RunState, Saver, checkpoint_path, load, verify
+from trainer.checkpoint import RunState, checkpoint_path, load, verify
 from trainer.config import DataConfig, TableConfig, TrainerConfig
 from trainer.distributed import World, process_group, quiet_libraries
 from trainer.evaluate import top_items
 from trainer.loop import Stepper
 from trainer.open_data import open_data
 from trainer.run_folder import require_agreement, require_shared
+from trainer.saver import Saver
 from trainer.sharding import Sharded, plan_table, shard
 from trainer.warm_start import GrownTable
 

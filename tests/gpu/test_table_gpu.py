@@ -21,12 +21,13 @@ from tests.data.datasets import random_histories, write_dataset
 from tests.trainer.test_config import composed
 from tools.benchmarks.measure import release
 from trainer import build
-from trainer.checkpoint import RunState, Saver, checkpoint_path, load
+from trainer.checkpoint import RunState, checkpoint_path, load
 from trainer.config import Config
 from trainer.distributed import World, process_group
 from trainer.evaluate import look_up
 from trainer.loop import Stepper
 from trainer.memory import memory_by_rank
+from trainer.saver import Saver
 from trainer.sharding import Sharded, plan_table, shard
 
 pytestmark = pytest.mark.gpu

@@ -17,9 +17,10 @@ from data.errors import InputError
 from modules.losses import FullSoftmax
 from tests.distributed.worker import build, step
 from trainer import checkpoint
-from trainer.checkpoint import RunState, Saver, checkpoint_path, list_checkpoints, load
+from trainer.checkpoint import RunState, checkpoint_path, list_checkpoints, load
 from trainer.checkpoint_files import MANIFEST, METADATA, Planner, Reader, find_damage
 from trainer.run_folder import newest_whole
+from trainer.saver import Saver
 
 
 @pytest.fixture
@@ -76,6 +77,17 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(two, one_rank, n
     assert find_damage(older) is None
 
 
+def test_run_without_a_whole_checkpoint_does_not_begin_anew(two, one_rank):
+    older, _ = two
+    for one in two:
+        flip(one / "__0_0.distcp")
+    with pytest.raises(InputError, match=r"no checkpoint of .* is whole"):
+        newest_whole(older.parent.parent, one_rank)
+    assert sorted(one.name for one in older.parent.iterdir()) == [
+        f"{one.name}.damaged" for one in two
+    ]
+
+
 def test_manifest_cannot_name_files_elsewhere(two):
     _, newer = two
     manifest = json.loads((newer / MANIFEST).read_text())
@@ -105,7 +117,7 @@ def test_metadata_that_would_run_something_is_refused(two, sharded, tmp_path):
 
 
 def test_entry_that_is_a_pickle_is_refused(sharded, tmp_path, one_rank):
-    target = checkpoint._tensors(sharded)
+    target = checkpoint.state_tensors(sharded)
     name = next(iter(target["model"]))
     dcp.save({"model": {name: Evil(tmp_path / "mark")}}, checkpoint_id=tmp_path / "evil")
     with pytest.raises(dcp.api.CheckpointException, match="is no tensor but a pickle"):
@@ -205,10 +217,11 @@ def test_asynchronous_save_holds_the_state_of_its_step(tmp_path, sharded, one_ra
     assert torch.equal(sharded.recommender.table.state_dict()[name].local_shards()[0].tensor, kept)
 
 
-def test_newest_and_best_are_kept(tmp_path, sharded, one_rank, said):
+def test_newest_and_the_best_of_each_are_kept(tmp_path, sharded, one_rank, said):
+    """Had the newest to be given up, the one before it would want the best of its time."""
     with saver(tmp_path, sharded, one_rank, said, keep=2) as writer:
-        for number in range(1, 6):
-            state = RunState(step=number, best_step=min(number, 2))
+        for number, best in [(1, 1), (2, 2), (3, 2), (4, 2), (5, 5)]:
+            state = RunState(step=number, best_step=best)
             writer.save(state, {})
             writer.settle(state)
     assert [one.name[-1] for one in list_checkpoints(tmp_path)] == ["2", "4", "5"]

@@ -12,6 +12,7 @@ from modules.losses import FullSoftmax
 from tests.distributed.worker import TOKENS, TRAIN, build, global_batch
 from trainer.loop import Stepper
 from trainer.observe import Observer
+from trainer.sharding import table_kernels
 from trainer.stop import StopRequest
 
 
@@ -90,6 +91,16 @@ def test_step_with_a_bad_gradient_leaves_all_weights(sharded, one_rank):
     assert stepper.take(step_of(2, one_rank), 2).skipped
     for one, value in zip(weights(sharded), before, strict=True):
         assert torch.equal(one, value)
+
+
+def test_table_counts_updates_and_not_lookups(sharded, one_rank):
+    """Adam's bias correction goes by that count, which a resumed run takes from the dense one."""
+    stepper = Stepper(sharded, TRAIN, one_rank, seed=1)
+    (table,) = table_kernels(sharded.model)
+    for number in range(3):
+        stepper.take(step_of(number, one_rank), number)
+        assert int(table.iter_cpu) == number, "Adagrad leaves alone what the step began with"
+        table.iter_cpu.add_(7)  # as lookups of an evaluation do where the optimizer is Adam
 
 
 def test_skipping_costs_nothing_where_all_is_finite(one_rank):
