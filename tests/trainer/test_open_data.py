@@ -5,6 +5,7 @@ from pathlib import Path
 from configs.command import plain_config
 from data.reader import HistoryDataset, damaged_files
 from data.schema import Manifest
+from data.vocabulary import Vocabulary
 from tests.data.datasets import write_dataset
 from tests.trained_run import run_command
 from trainer.config import Config
@@ -19,7 +20,8 @@ def test_files_that_were_left_out_are_part_of_the_run(tmp_path: Path) -> None:
     arguments = [f"data.path={folder}", f"run_dir={tmp_path / 'run'}"]
     config = Config.of(plain_config("train", arguments))
     rest = HistoryDataset(folder, damaged_files(folder))
-    assert describe(config, rest) == describe(config, whole) | {
+    vocabulary = Vocabulary.read(folder)
+    assert describe(config, rest, vocabulary) == describe(config, whole, vocabulary) | {
         "data_skipped": ["histories/part-00002.parquet"]
     }
 
