@@ -21,7 +21,7 @@ from tools.benchmarks.report import device_name, document, write
 from trainer.config import Config
 from trainer.distributed import process_group, quiet_libraries
 
-SUITES = ("ssd", "layer", "loss", "table", "data", "step", "state", "peers")
+SUITES = ("ssd", "layer", "loss", "table", "data", "step", "state", "checkpoint", "peers")
 BUDGET_MS, QUICK_BUDGET_MS = 200.0, 60.0  # of each timing
 
 

@@ -143,7 +143,12 @@ def test_suites_are_chosen_by_name() -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    arguments = ["suite=[ssd,loss,state]", f"output={output}", "device=cpu", "quick=true"]
+    arguments = [
+        "suite=[ssd,loss,state,checkpoint]",
+        f"output={output}",
+        "device=cpu",
+        "quick=true",
+    ]
     small = ["model.width=32"]
     done = subprocess.run(
         [sys.executable, "-m", "tools.benchmark", *arguments, *small],
@@ -158,7 +163,9 @@ def test_command_line(tmp_path: Path) -> None:
     found = json.loads(output.read_text())
     assert not found["failures"]
     assert found["quick"] is True
-    assert found["command"].startswith("python -m tools.benchmark suite=[ssd,loss,state]")
+    assert found["command"].startswith(
+        "python -m tools.benchmark suite=[ssd,loss,state,checkpoint]"
+    )
     assert "hydra" not in found["command"]
     assert found["versions"]["torch"]
     assert {row["suite"] for row in found["rows"]} == {"ssd", "loss", "state"}
