@@ -21,6 +21,7 @@ from trainer.checkpoint import list_checkpoints
 from trainer.checkpoint_files import MANIFEST
 from trainer.observe import read_scalars
 
+MOST = 5  # kills of one run
 RESTARTS = ("--standalone", "--max-restarts=1000")
 
 
@@ -36,7 +37,7 @@ def main(kills: int, seed: int) -> None:
         while done < kills:
             runs += 1
             run_dir, started = folder / f"run-{runs}", time.monotonic()
-            killed = inject(data, run_dir, kills - done, seconds, draws)
+            killed = inject(data, run_dir, min(MOST, kills - done), seconds, draws)
             if not killed:  # the machine has become faster than the range of delays
                 seconds = min(seconds, time.monotonic() - started)
             done += killed
