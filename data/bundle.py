@@ -20,6 +20,7 @@ This module does the same and checks what it reads. It needs torch and pyarrow, 
 import hashlib
 import json
 import os
+import pickle
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -131,6 +132,11 @@ class Bundle:
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise InputError(f"bundle {folder} cannot be loaded ({reason}); {AGAIN}") from error
+        except pickle.UnpicklingError as error:  # its text advises to load the file unsafely
+            raise InputError(
+                f"bundle {folder} cannot be loaded: its rows are not plain tensors, and nothing in "
+                f"them was run; {AGAIN}"
+            ) from error
         vocabulary = Vocabulary.read(folder)
         if not model.table_rows == manifest.table_rows == vocabulary.table_rows:
             raise InputError(
