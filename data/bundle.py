@@ -63,6 +63,7 @@ class BundleManifest:
     protocol: dict[str, Any]  # what the figures mean
     parity: dict[str, Any]  # the bundle's answers against the trainer's
     versions: dict[str, str]
+    encoder_sha256: str  # of its config and tensors
     bundle_version: int = BUNDLE_VERSION
 
     def write(self, folder: Path) -> None:
@@ -103,8 +104,12 @@ class BundleManifest:
 
     @property
     def fingerprint(self) -> str:
-        """The model: one hash over all files."""
-        return hashlib.sha256("".join(one.sha256 for one in self.files).encode()).hexdigest()
+        """The model: one hash over encoder, rows and vocabulary.
+
+        Not over the TorchScript file, which is another one each time that it is written.
+        """
+        hashes = [one.sha256 for one in self.files if one.path != MODEL]
+        return hashlib.sha256("".join([self.encoder_sha256, *hashes]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,12 @@ class Bundle:
     device: torch.device
 
     @classmethod
-    def open(cls, folder: Path, device: torch.device, hashes: bool = True) -> "Bundle":
+    def open(cls, folder: Path | str, device: torch.device | str, hashes: bool = True) -> "Bundle":
         """Open a bundle. `hashes`: compare every file's content too, not its size alone.
 
         Raises InputError for a bundle that is absent, unfinished, damaged, or does not fit here.
         """
+        folder, device = Path(folder), torch.device(device)
         manifest = BundleManifest.read(folder)
         for one in manifest.files:
             _check_file(folder / one.path, one, hashes)

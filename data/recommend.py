@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data.bundle import Bundle
-from data.errors import InputError
+from data.errors import InputError, check_whole
 from data.vocabulary import UNKNOWN
 
 Recommended = list[tuple[Any, float]]  # raw item id and score, best first
@@ -39,6 +39,7 @@ def recommend(
     """
     if not histories:
         return []
+    check_whole("k", k, 1)
     parts = [_known_rows(bundle, history) for history in histories]
     offsets_B1 = torch.from_numpy(np.cumsum([0, *map(len, parts)]))
     items_T = torch.from_numpy(np.concatenate(parts))
@@ -72,6 +73,7 @@ class UserState:
         self, k: int = 10, exclude_seen: bool = True, allowed_V: Tensor | None = None
     ) -> Recommended:
         """As `recommend` for the whole history; nothing for a user without a known event."""
+        check_whole("k", k, 1)
         if not self.seen:
             return []
         rows_N = torch.tensor(sorted(self.seen if exclude_seen else ()), dtype=torch.int64)
@@ -86,6 +88,10 @@ def new_state(bundle: Bundle, history: Sequence[Any] = ()) -> UserState:
 
 
 def _known_rows(bundle: Bundle, history: Sequence[Any]) -> np.ndarray:
+    if isinstance(history, str | bytes) or not isinstance(history, Sequence | np.ndarray):
+        raise InputError(
+            f"{history!r} is no history; give a list of item ids for each user: [[ID, ID], [ID]]"
+        )
     if not len(history):
         return np.zeros(0, np.int64)
     try:

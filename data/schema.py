@@ -175,7 +175,9 @@ class Manifest:
             )
         try:
             raw = json.loads(path.read_bytes())
-            version = raw["schema_version"]
+            version = raw.get("schema_version")
+            if version is None:
+                raise InputError(f"{folder} is no data set, its {MANIFEST} is of another kind")
             if version != SCHEMA_VERSION:
                 raise InputError(
                     f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; "

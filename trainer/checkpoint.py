@@ -115,14 +115,27 @@ def verify(folder: Path, world: World) -> None:
     """
     damage = find_damage(folder, world)
     if damage is not None:
-        raise InputError(f"checkpoint {folder} is damaged: {damage}; use another one")
+        raise InputError(
+            f"checkpoint {folder} is damaged: {damage}; copy it again, or use another one"
+        )
 
 
 def find_damage(folder: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint's files, equal on every rank, or None. Collective."""
-    found: list[str | None] = [None] * world.size
-    dist.all_gather_object(found, files.find_damage(folder, world.rank, world.size))
-    return next((one for one in found if one is not None), None)
+    """What is wrong with a checkpoint's files, equal on every rank, or None. Collective.
+
+    Raises InputError on every rank for files that one cannot read.
+    """
+    found, failure = None, None
+    try:
+        found = files.find_damage(folder, world.rank, world.size)
+    except InputError as error:
+        failure = str(error)
+    every: list[Any] = [None] * world.size
+    dist.all_gather_object(every, (found, failure))
+    failures = [one for _, one in every if one is not None]
+    if failures:
+        raise InputError(failures[0])
+    return next((one for one, _ in every if one is not None), None)
 
 
 def state_tensors(sharded: Sharded) -> dict[str, Any]:
@@ -134,8 +147,9 @@ def read_state(folder: Path) -> RunState:
     """The state in a checkpoint folder. Raises InputError for a folder that is none."""
     path = folder / STATE
     if not path.exists() or not (folder / files.MANIFEST).exists():
+        absent = STATE if not path.exists() else files.MANIFEST
         raise InputError(
-            f"{folder} is no finished checkpoint: it has no {STATE} or no {files.MANIFEST}"
+            f"{folder} is no finished checkpoint, it has no {absent}; copy the whole folder again"
         )
     try:
         return RunState(**json.loads(path.read_bytes()))
@@ -162,10 +176,17 @@ def find(path: Path) -> Path:
     return best if best in checkpoints else checkpoints[-1]
 
 
-def require(run_dir: Path, step: int) -> None:
-    """Raise InputError when the run's best checkpoint, which its end needs, is gone."""
-    if step and checkpoint_path(run_dir, step) not in list_checkpoints(run_dir):
+def require_best(run_dir: Path, state: RunState, world: World) -> None:
+    """Raise InputError when the run's best checkpoint, which its end needs, is gone or damaged.
+
+    Collective. Better now than after the rest of the training.
+    """
+    best = checkpoint_path(run_dir, state.best_step)
+    if not state.best_step or state.best_step == state.step:
+        return
+    damage = find_damage(best, world) if best.exists() else "it is absent"
+    if damage is not None:
         raise InputError(
-            f"the best checkpoint {checkpoint_path(run_dir, step)} is gone, which this run's test "
-            "figures need; put it back, or start a new run_dir with init_from"
+            f"the best checkpoint {best} is lost ({damage}), which this run's test figures need; "
+            "put a copy back, or start a new run_dir with init_from"
         )

@@ -85,7 +85,8 @@ def read_metadata(folder: Path) -> Metadata:
     except Exception as error:  # a damaged pickle fails in a dozen ways
         raise InputError(f"{path} is damaged ({reason(error)}); use another checkpoint") from error
     for name in files:
-        _require_plain(path, name)
+        if not _is_plain(name):
+            raise InputError(f"{path} names the file {name!r}, which is not in its own folder")
     return cast(Metadata, metadata)
 
 
@@ -125,27 +126,30 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint's files, naming the first such file; None when all is well.
 
-    Compares all sizes, and the checksums of one of `parts` shares of the files.
+    Compares all sizes, and the checksums of one of `parts` shares of the files. Raises InputError
+    for a file that is there and cannot be read: that says nothing about its content.
     """
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
         for name, expected in files.items():
-            _require_plain(folder / MANIFEST, name)
+            if not _is_plain(name):
+                return f"{MANIFEST} names the file {name!r}, which is not in its own folder"
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
         for name in sorted(files)[part::parts]:
             if checksums([folder / name])[name] != files[name]:
                 return f"{name} has another checksum than when it was written"
-    except InputError as error:
-        return str(error)
+    except FileNotFoundError as error:
+        return f"{error.filename} is absent"
     except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
+        raise InputError(
+            f"{error.filename} cannot be read ({error.strerror}); see to the storage and try again"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is damaged ({reason(error)})"
     return None
 
 
-def _require_plain(source: Path, name: str) -> None:
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise InputError(f"{source} names the file {name!r}, which is not in its own folder")
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and name not in ("", ".", "..")

@@ -12,6 +12,7 @@ check_versions()  # a mismatch would break the imports below
 
 import hashlib
 import io
+import json
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -103,7 +104,7 @@ def export(config: ExportConfig) -> BundleManifest:
             _report_loss(source, encoder, model, config)
         _judge(parity, config)
         files = [sealed(folder, path) for path in (folder / MODEL, *parts, folder / VOCABULARY)]
-        manifest = _manifest(source, config.rows, parity, files)
+        manifest = _manifest(source, encoder, config.rows, parity, files)
         manifest.write(folder)
     return manifest
 
@@ -249,7 +250,9 @@ def _judge(parity: Parity, config: ExportConfig) -> None:
         )
 
 
-def _manifest(source: Source, rows: str, parity: Parity, files: list[BundleFile]) -> BundleManifest:
+def _manifest(
+    source: Source, encoder: Encoder, rows: str, parity: Parity, files: list[BundleFile]
+) -> BundleManifest:
     state = read_state(source.folder)
     figures = [one for one in state.evaluations if one["step"] == state.step]
     return BundleManifest(
@@ -277,7 +280,17 @@ def _manifest(source: Source, rows: str, parity: Parity, files: list[BundleFile]
         },
         parity=asdict(parity),
         versions=versions(),
+        encoder_sha256=encoder_hash(source.config["model"], encoder),
     )
+
+
+def encoder_hash(config: dict[str, Any], encoder: Encoder) -> str:
+    """SHA-256 of the encoder's config and tensors: equal for equal models."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @command("export")

@@ -111,7 +111,7 @@ def first_state(
     """The newest checkpoint's state, or a new one, with init_from of another run's model."""
     if folder.newest is not None:
         state = checkpoint.load(folder.newest, sharded)
-        checkpoint.require(folder.path, state.best_step)
+        checkpoint.require_best(folder.path, state, world)
         return state
     if config.init_from:
         report = warm_start(config, vocabulary, sharded, world)

@@ -7,11 +7,11 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import yaml
@@ -23,6 +23,8 @@ from data.vocabulary import Vocabulary
 from trainer.checkpoint import CONFIG, FOLDER, find_damage, list_checkpoints
 from trainer.config import Config
 from trainer.distributed import World
+
+T = TypeVar("T")
 
 SUMMARY = "summary.json"  # of a run that has ended
 LOCK = ".lock"
@@ -75,9 +77,10 @@ def run_folder(
     content = describe(config, dataset, vocabulary)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     require_agreement(text, world)
-    lock = _take_for_all(run_dir, world)
+    lock = _on_main(lambda: _take(run_dir), world)
     require_shared(run_dir, world)  # until here rank 0 may remove what a killed run left
     try:
+        _on_main(lambda: _compare_last_start(run_dir, content), world)
         newest = newest_whole(run_dir, world)
         if newest is not None:
             _compare(run_dir, yaml.safe_load((newest / CONFIG).read_text()), content)
@@ -95,28 +98,40 @@ def run_folder(
 def newest_whole(run_dir: Path, world: World) -> Path | None:
     """The newest checkpoint whose files are as they were written, or None before the first.
 
-    Collective. Damaged ones are named and set aside under another name, for a person to look at.
-    Raises InputError on every rank when all are damaged.
+    Collective. Damaged ones in front of it are named and set aside under another name, for a person
+    to look at. Raises InputError on every rank when none is whole.
     """
     names = [[one.name for one in list_checkpoints(run_dir)]]
     dist.broadcast_object_list(names, src=0)  # a network file system may show ranks different ones
+    damaged: dict[Path, str] = {}
     for name in reversed(names[0]):
         folder = run_dir / FOLDER / name
         damage = find_damage(folder, world)
         if damage is None:
+            dist.barrier()  # nobody reads the damaged ones any more
+            if world.is_main:
+                for one, what in damaged.items():
+                    print(
+                        f"checkpoint {one} is damaged ({what}): it is now {_set_aside(one).name}, "
+                        f"and {name} is used",
+                        flush=True,
+                    )
             return folder
-        dist.barrier()  # nobody reads it any more
-        if world.is_main:
-            aside = folder.with_name(f"{name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            print(f"checkpoint {folder} is damaged ({damage}): it is now {aside.name}", flush=True)
-    if names[0]:
+        damaged[folder] = damage
+    if damaged:
+        newest, what = next(iter(damaged.items()))
         raise InputError(
-            f"no checkpoint of {run_dir} is whole, they are named ….damaged now; put a copy of one "
-            "back, or give a new run_dir"
+            f"none of the {len(damaged)} checkpoints in {run_dir} is whole ({newest}: {what}); "
+            "copy the folder again, files.json included, or give a new run_dir"
         )
     return None
+
+
+def _set_aside(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.damaged{number}")).exists():
+        number += 1
+    return folder.rename(aside)
 
 
 def require_agreement(text: str, world: World) -> None:
@@ -179,6 +194,8 @@ def describe(config: Config, dataset: HistoryDataset, vocabulary: Vocabulary) ->
     """The config as plain values, with what identifies its data set and the meaning of its rows."""
     content = asdict(config)
     content["data"]["path"] = str(dataset.folder.resolve())
+    if config.init_from:
+        content["init_from"] = str(Path(config.init_from).resolve())
     manifest = (dataset.folder / MANIFEST).read_bytes()
     content["data_sha256"] = hashlib.sha256(manifest).hexdigest()
     items = vocabulary.size
@@ -188,18 +205,25 @@ def describe(config: Config, dataset: HistoryDataset, vocabulary: Vocabulary) ->
     return content
 
 
-def _take_for_all(run_dir: Path, world: World) -> Any:
-    """Rank 0's lock, None on the others. Raises InputError on every rank when there is none."""
-    lock, failure = None, [""]
+def _on_main(do: Callable[[], T], world: World) -> T | None:
+    """What rank 0's call returns, None on the others; its InputError is raised on every rank."""
+    value, failure = None, [""]
     if world.is_main:
         try:
-            lock = _take(run_dir)
+            value = do()
         except InputError as error:
             failure = [str(error)]
     dist.broadcast_object_list(failure, src=0)
     if failure[0]:
         raise InputError(failure[0])
-    return lock
+    return value
+
+
+def _compare_last_start(run_dir: Path, content: dict[str, Any]) -> None:
+    """Before anything in the folder is touched: what its last start wrote, if it saved anything."""
+    path = run_dir / CONFIG
+    if path.exists() and list_checkpoints(run_dir):
+        _compare(run_dir, yaml.safe_load(path.read_text()), content)
 
 
 def _take(run_dir: Path) -> Any:

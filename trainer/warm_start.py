@@ -4,7 +4,7 @@ Rows keep their numbers when a vocabulary grows, so old rows and their optimizer
 place and new rows stay as `fill_rows` made them, by (seed, row) alone, with empty optimizer state.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def warm_start(config: Config, vocabulary: Vocabulary, sharded: Sharded, world: 
     """
     folder = checkpoint.find(Path(str(config.init_from)))
     before = yaml.safe_load((folder / checkpoint.CONFIG).read_text())
+    _require_same_model(before, config)
     items = _old_items(before, config, vocabulary)
     if config.init_optimizer:
         _require_same_optimizer(before, config)
@@ -65,6 +66,18 @@ def _old_items(before: dict[str, Any], config: Config, vocabulary: Vocabulary) -
             "data set of that run, which keeps its rows and appends new items"
         )
     return int(items)
+
+
+def _require_same_model(before: dict[str, Any], config: Config) -> None:
+    was, now = ({**one, "dropout": None} for one in (before["model"], asdict(config.model)))
+    keys = [
+        f"model.{key} was {was.get(key)}, now {now[key]}" for key in now if was.get(key) != now[key]
+    ]
+    if keys:
+        raise InputError(
+            f"init_from={config.init_from} is of another model ({'; '.join(keys)}); weights mean "
+            "something only in their own: use its values, or start without init_from"
+        )
 
 
 def _require_same_optimizer(before: dict[str, Any], config: Config) -> None:

@@ -17,7 +17,13 @@ from data.errors import InputError
 from modules.losses import FullSoftmax
 from tests.distributed.worker import build, step
 from trainer import checkpoint
-from trainer.checkpoint import RunState, checkpoint_path, list_checkpoints, load
+from trainer.checkpoint import (
+    RunState,
+    checkpoint_path,
+    list_checkpoints,
+    load,
+    require_best,
+)
 from trainer.checkpoint_files import MANIFEST, METADATA, Planner, Reader, find_damage
 from trainer.run_folder import newest_whole
 from trainer.saver import Saver
@@ -73,19 +79,41 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(two, one_rank, n
     said = capsys.readouterr().out
     assert f"checkpoint {newer} is damaged" in said
     assert name in said or name == MANIFEST
-    assert (older.parent / "step-00000002.damaged").is_dir(), "kept for a person to look at"
+    assert (older.parent / "step-00000002.damaged1").is_dir(), "kept for a person to look at"
     assert find_damage(older) is None
 
 
 def test_run_without_a_whole_checkpoint_does_not_begin_anew(two, one_rank):
-    older, _ = two
+    older, newer = two
     for one in two:
         flip(one / "__0_0.distcp")
-    with pytest.raises(InputError, match=r"no checkpoint of .* is whole"):
+    with pytest.raises(InputError, match=r"none of the 2 checkpoints in .* is whole"):
         newest_whole(older.parent.parent, one_rank)
-    assert sorted(one.name for one in older.parent.iterdir()) == [
-        f"{one.name}.damaged" for one in two
-    ]
+    assert older.exists()
+    assert newer.exists()
+
+
+def test_best_checkpoint_is_looked_at_when_a_run_resumes(two, one_rank):
+    older, _ = two
+    state = RunState(step=2, best_step=1)
+    require_best(older.parent.parent, state, one_rank)
+    flip(older / "__0_0.distcp")
+    with pytest.raises(InputError, match=r"best checkpoint .* is lost .*checksum"):
+        require_best(older.parent.parent, state, one_rank)
+    with pytest.raises(InputError, match=r"best checkpoint .* is lost \(it is absent\)"):
+        require_best(older.parent.parent, state.with_(best_step=7), one_rank)
+
+
+def test_file_that_cannot_be_read_is_not_called_damaged(two, one_rank, monkeypatch):
+    _, newer = two
+
+    def failing(paths):
+        raise OSError(5, "Input/output error", "f.distcp")
+
+    monkeypatch.setattr("trainer.checkpoint_files.checksums", failing)
+    with pytest.raises(InputError, match=r"f.distcp cannot be read \(Input/output error\)"):
+        newest_whole(newer.parent.parent, one_rank)
+    assert newer.exists()
 
 
 def test_manifest_cannot_name_files_elsewhere(two):

@@ -1,5 +1,7 @@
 """What a warm start refuses before it reads a tensor. That it reads rightly: tests/distributed."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -26,6 +28,7 @@ def checkpoint(tmp_path):
     content = {
         "vocabulary": {"items": 3, "sha256": vocabulary(OLD).digest(3)},
         "embedding": {"optimizer": "adam"},
+        "model": asdict(composed().model),
     }
     (tmp_path / MANIFEST).write_text("{}")
     (tmp_path / CONFIG).write_text(yaml.safe_dump(content))
@@ -40,7 +43,9 @@ def test_another_vocabulary(checkpoint, items):
 
 
 def test_a_run_before_vocabularies_were_noted(checkpoint):
-    (checkpoint / CONFIG).write_text("{}")
+    content = yaml.safe_load((checkpoint / CONFIG).read_text())
+    del content["vocabulary"]
+    (checkpoint / CONFIG).write_text(yaml.safe_dump(content))
     with pytest.raises(InputError, match="was trained with another vocabulary"):
         warm_start(composed(f"init_from={checkpoint}"), vocabulary(OLD), None, None)
 
@@ -49,3 +54,10 @@ def test_another_optimizer(checkpoint):
     config = composed(f"init_from={checkpoint}", "embedding.optimizer=sgd")
     with pytest.raises(InputError, match=r"embedding\.optimizer=adam, which sgd cannot use"):
         warm_start(config, vocabulary([*OLD, "d"]), None, None)
+
+
+def test_another_model(checkpoint):
+    """Tensors of one shape can mean different things."""
+    config = composed(f"init_from={checkpoint}", "model.restore_order=true", "model.dropout=0.7")
+    with pytest.raises(InputError, match=r"\(model\.restore_order was False, now True\)"):
+        warm_start(config, vocabulary(OLD), None, None)
