@@ -95,7 +95,10 @@ def _compose(config_name: str, arguments: list[str]) -> tuple[DictConfig, dict[s
             forced = ["++" + str(override.input_line).lstrip("+") for override in values]
             return compose(config_name, groups + forced), default
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(f"cannot compose the config: {_first_line(error)}") from error
+        raise InputError(
+            f"cannot compose the config: {_first_line(error)}; give a value of the kind that "
+            "--cfg job shows for the key"
+        ) from error
 
 
 def _defaults(config_name: str, groups: list[str]) -> tuple[dict[str, Any], dict[str, str | None]]:

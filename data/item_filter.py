@@ -102,7 +102,9 @@ def _integers(name: str, source: list[Any]) -> pa.Array:
     try:
         return pa.array(source, pa.int64())
     except (pa.ArrowException, TypeError) as error:
-        raise InputError(f"{name} holds no item ids like the bundle's, whole numbers") from error
+        raise InputError(
+            f"{name}={source} holds other ids than the bundle's items have; give whole numbers"
+        ) from error
 
 
 def _user_items(vocabulary: Vocabulary, path: str, column: str) -> UserItems:
@@ -136,4 +138,6 @@ def _read(name: str, path: str, columns: list[str]) -> pa.Table:
             raise InputError(f"{name}={path} has no column {missing[0]}, only {', '.join(names)}")
         return pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{name}={path} cannot be read ({reason(error)})") from error
+        raise InputError(
+            f"{name}={path} cannot be read ({reason(error)}); give a Parquet file"
+        ) from error

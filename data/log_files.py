@@ -47,7 +47,9 @@ def find_files(inputs: str | Iterable[str]) -> LogFiles:
     kinds = {_kind(path) for path in paths}
     if None in kinds:
         odd = next(path for path in paths if _kind(path) is None)
-        raise InputError(f"the format of {odd} is not known; a log is {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"the format of {odd} is not known; a log's name ends in {', '.join(SUFFIXES)}"
+        )
     if len(kinds) > 1:
         raise InputError("input mixes Parquet and CSV files; convert one kind, e.g. with a glob")
     kind = str(kinds.pop())

@@ -307,7 +307,9 @@ def main(options: dict[str, Any]) -> None:
         try:
             write_atomically(path, as_page(groups, config).encode())
         except OSError as error:
-            raise InputError(f"cannot write output={path}: {error.strerror}") from error
+            raise InputError(
+                f"cannot write output={path}: {error.strerror}; name a writable place"
+            ) from error
         print(f"written to {path}")
 
 

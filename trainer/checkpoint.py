@@ -135,7 +135,8 @@ def read_state(folder: Path) -> RunState:
     path = folder / STATE
     if not path.exists() or not (folder / files.MANIFEST).exists():
         raise InputError(
-            f"{folder} is no finished checkpoint: it has no {STATE} or no {files.MANIFEST}"
+            f"{folder} is no finished checkpoint: it has no {STATE} or no {files.MANIFEST}; "
+            "use another one"
         )
     try:
         return RunState(**json.loads(path.read_bytes()))
@@ -157,7 +158,10 @@ def find(path: Path) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        raise InputError(f"{path} is no checkpoint and no run with a finished one")
+        raise InputError(
+            f"{path} is no checkpoint and no run with a finished one; name a run_dir or one of its "
+            f"{FOLDER}"
+        )
     best = checkpoint_path(path, read_state(checkpoints[-1]).best_step)
     return best if best in checkpoints else checkpoints[-1]
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -15,6 +16,7 @@ from tools.compare_runs import (
     as_page,
     group_runs,
     in_order_of,
+    main,
     markdown,
     naming_keys,
     table_of,
@@ -154,3 +156,14 @@ def test_a_run_that_trains_on_is_unfinished(made, tmp_path):
     shutil.copytree(newest, run / FOLDER / "step-00099999")
     with pytest.raises(InputError, match=r"trained on after its summary\.json"):
         group_runs([str(run)])
+
+
+def test_output_that_cannot_be_written(made, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "none" / "page.html"
+    options = [f"runs=[{made.run}]", f"output={output}"]
+    monkeypatch.setattr(sys, "argv", ["compare_runs", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert f"cannot write output={output}: No such file or directory; name a writable" in said
