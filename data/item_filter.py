@@ -112,7 +112,9 @@ def _user_items(vocabulary: Vocabulary, path: str, column: str) -> UserItems:
     table = _read(name, path, ["user_id", column]).combine_chunks()
     lists = table[column]
     if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
-        raise InputError(f"{name}={path}: column {column} is {lists.type}, not a list of item ids")
+        raise InputError(
+            f"{name}={path}: column {column} is {lists.type}, not a list of item ids; make it one"
+        )
     lengths_U = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     rows_N = _rows(vocabulary, name, pc.list_flatten(lists))
     user_N = np.arange(len(lengths_U)).repeat(lengths_U)[rows_N != UNKNOWN]

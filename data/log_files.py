@@ -75,7 +75,7 @@ def _expand(one: str) -> list[tuple[str, Path]]:
     if path.is_dir():
         files = [str(entry) for entry in path.rglob("*") if _is_data(entry, path)]
         if not files:
-            raise InputError(f"folder {one} holds no {', '.join(SUFFIXES)} file")
+            raise InputError(f"folder {one} holds no {', '.join(SUFFIXES)} file; name another")
         return [(file, path) for file in files]
     matches = [match for match in glob.glob(str(path), recursive=True) if _visible(match)]
     files = [match for match in matches if Path(match).is_file()]

@@ -110,7 +110,9 @@ def _chosen(parts: list[Path], config: ShowConfig) -> list[str]:
         chosen = list(dict.fromkeys(str(one) for one in config.users))
         absent = sorted(set(chosen) - _rows_of(parts, chosen, ["user_id"]).keys())
         if absent:
-            raise InputError(f"user {absent[0]} is not among the scores in {config.scores}")
+            raise InputError(
+                f"user {absent[0]} is not among the scores in {config.scores}; leave that user out"
+            )
         return chosen
     counts = [pq.read_metadata(path).num_rows for path in parts]
     total = sum(counts)

@@ -1,6 +1,8 @@
 """Arguments in, a plain config or one sentence out."""
 
+import errno
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -114,6 +116,33 @@ def test_what_is_no_flag_ends_the_command(
     assert ended.value.code == 1
     sentence = "error: --verbose is no flag; there are --help and --cfg job, else key=value\n"
     assert capsys.readouterr() == ("", sentence)
+
+
+@pytest.mark.parametrize(
+    ("raised", "sentence"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "error: /x: .* access to it"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), "error: /x: .*; name a shorter"),
+        (OSError(errno.EIO, "Input/output error", "/x"), None),
+        (PermissionError(errno.EACCES, "Permission denied"), None),
+    ],
+)
+def test_a_path_that_cannot_be_used_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: OSError,
+    sentence: str | None,
+) -> None:
+    def main(options: dict) -> None:
+        raise raised
+
+    monkeypatch.setattr(sys, "argv", ["convert", *NEEDED["convert"]])
+    with pytest.raises(SystemExit if sentence else OSError) as ended:
+        command("convert")(main)()
+    if sentence is None:
+        assert ended.value is raised, "with its traceback"
+    else:
+        assert re.match(sentence, capsys.readouterr().err)
 
 
 def test_spaces_need_no_quotes_inside() -> None:

@@ -317,7 +317,7 @@ def test_refusals(made, tmp_path):
         assert not output.exists()
 
     refused("k=0 must be a whole number, 1 or more", k=0)
-    refused(f"k={ITEMS + 1} is more than the bundle's {ITEMS} items", k=ITEMS + 1)
+    refused(f"k={ITEMS + 1} is more than the bundle's {ITEMS} items; lower it", k=ITEMS + 1)
     refused("upto=test is unknown", upto="test")
     refused("exclude_seen=maybe", exclude_seen="maybe")
     refused("does not exist; make one with trainer.export", bundle=str(tmp_path / "none"))

@@ -95,7 +95,7 @@ def test_command_prints_and_writes(made, scores, tmp_path):
 
 
 def test_refusals(made, scores, tmp_path):
-    with pytest.raises(InputError, match="user nobody is not among the scores"):
+    with pytest.raises(InputError, match=r"user nobody is not among the scores .*; leave"):
         views(config(made, scores, users=["nobody"]))
     with pytest.raises(InputError, match="holds no finished scores"):
         views(config(made, tmp_path))
