@@ -8,6 +8,7 @@ the YAML file's header and the composed config, `--cfg job` the composed config 
 """
 
 import difflib
+import errno
 import os
 import re
 import shlex
@@ -28,14 +29,18 @@ from data.errors import InputError
 
 CONFIGS = Path(__file__).parent
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+PATH_ERRORS = {  # what a path alone can be wrong with, wherever it is used, and the fix
+    errno.EACCES: "give this user access to it, or name another",
+    errno.ENAMETOOLONG: "name a shorter one",
+}
 
 
 def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], None]]:
     """Make `main(config)` a command with the options of `configs/<config_name>.yaml`.
 
     `main` gets the composed and resolved config as plain dicts and lists, so that no module
-    beyond this one knows Hydra. InputError becomes one line on stderr and exit status 1, Ctrl-C
-    the line "interrupted" and exit status 130.
+    beyond this one knows Hydra. InputError becomes one line on stderr and exit status 1, as does
+    a path of PATH_ERRORS; Ctrl-C the line "interrupted" and exit status 130.
     """
 
     def decorate(main: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
@@ -50,6 +55,11 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
                     main(plain_config(config_name, arguments))
             except InputError as error:
                 _stop(f"error: {error}", 1)
+            except OSError as error:
+                fix = PATH_ERRORS.get(error.errno or 0)
+                if fix is None or error.filename is None:
+                    raise
+                _stop(f"error: {error.filename}: {error.strerror}; {fix}", 1)
             except KeyboardInterrupt:
                 _stop("interrupted", INTERRUPTED)
 
@@ -95,7 +105,10 @@ def _compose(config_name: str, arguments: list[str]) -> tuple[DictConfig, dict[s
             forced = ["++" + str(override.input_line).lstrip("+") for override in values]
             return compose(config_name, groups + forced), default
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(f"cannot compose the config: {_first_line(error)}") from error
+        raise InputError(
+            f"cannot compose the config: {_first_line(error)}; give a value of the kind that "
+            "--cfg job shows for the key"
+        ) from error
 
 
 def _defaults(config_name: str, groups: list[str]) -> tuple[dict[str, Any], dict[str, str | None]]:

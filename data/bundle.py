@@ -83,7 +83,10 @@ class BundleManifest:
             raw = json.loads(path.read_bytes())
             version = raw.get("bundle_version")
             if version is None:
-                raise InputError(f"{folder} is no bundle, its {MANIFEST} is of another kind")
+                raise InputError(
+                    f"{folder} is no bundle, its {MANIFEST} is of another kind; make one with "
+                    "trainer.export"
+                )
             if version != BUNDLE_VERSION:
                 raise InputError(
                     f"{path} has bundle version {version}, this program reads {BUNDLE_VERSION}; "

@@ -20,6 +20,7 @@ from data.schema import VOCABULARY
 from data.split import Split
 
 READ_ROWS = 1 << 17  # rows that pass from the engine at a time
+MOST_EVENTS = 2**31 - 1  # of a table: its lists have 32-bit offsets
 # Users of a shard are spread by this odd multiplier (2^32 over the golden ratio): any stretch of
 # a shard, so any row group, then holds the same mix of long and short histories.
 SPREAD = 2_654_435_769
@@ -66,7 +67,7 @@ def stream_users(
     """Yield (shard, histories) in the order of `users`; `features` names f0, f1, ….
 
     A table holds whole users of one shard, at most `group_events` events or one longer user, with
-    the columns of `data.schema.history_schema`. Raises InputError for a history of 2^31 events.
+    the columns of `data.schema.history_schema`. Raises InputError for one above MOST_EVENTS.
     """
     payload = "".join(f", f{place}" for place in range(len(features)))
     events = _Rows(
@@ -105,8 +106,12 @@ def _group_end(users: pa.Table, group_events: int) -> int:
 def _histories(users: pa.Table, events: "_Rows", features: tuple[str, ...]) -> pa.Table:
     length_U = users["events"].to_numpy()
     total = int(length_U.sum())
-    if total >= 2**31:
-        raise InputError(f"a history of {total:,} events is too long; lists end at 2^31 - 1")
+    if total > MOST_EVENTS:
+        raise InputError(
+            f"{total:,} events of {len(users)} user(s) from {users['user_id'][0]} on make a row "
+            f"group above {MOST_EVENTS:,} events; use a smaller row_group_events, or drop a user "
+            "with where"
+        )
     offsets_U1 = pa.array(np.concatenate([[0], np.cumsum(length_U)]), pa.int32())
     flat = events.take(total)
     lists = [pa.ListArray.from_arrays(offsets_U1, column) for column in flat.columns]

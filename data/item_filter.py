@@ -102,7 +102,9 @@ def _integers(name: str, source: list[Any]) -> pa.Array:
     try:
         return pa.array(source, pa.int64())
     except (pa.ArrowException, TypeError) as error:
-        raise InputError(f"{name} holds no item ids like the bundle's, whole numbers") from error
+        raise InputError(
+            f"{name}={source} holds other ids than the bundle's items have; give whole numbers"
+        ) from error
 
 
 def _user_items(vocabulary: Vocabulary, path: str, column: str) -> UserItems:
@@ -110,7 +112,9 @@ def _user_items(vocabulary: Vocabulary, path: str, column: str) -> UserItems:
     table = _read(name, path, ["user_id", column]).combine_chunks()
     lists = table[column]
     if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
-        raise InputError(f"{name}={path}: column {column} is {lists.type}, not a list of item ids")
+        raise InputError(
+            f"{name}={path}: column {column} is {lists.type}, not a list of item ids; make it one"
+        )
     lengths_U = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     rows_N = _rows(vocabulary, name, pc.list_flatten(lists))
     user_N = np.arange(len(lengths_U)).repeat(lengths_U)[rows_N != UNKNOWN]
@@ -136,4 +140,6 @@ def _read(name: str, path: str, columns: list[str]) -> pa.Table:
             raise InputError(f"{name}={path} has no column {missing[0]}, only {', '.join(names)}")
         return pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{name}={path} cannot be read ({reason(error)})") from error
+        raise InputError(
+            f"{name}={path} cannot be read ({reason(error)}); give a Parquet file"
+        ) from error

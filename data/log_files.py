@@ -47,7 +47,9 @@ def find_files(inputs: str | Iterable[str]) -> LogFiles:
     kinds = {_kind(path) for path in paths}
     if None in kinds:
         odd = next(path for path in paths if _kind(path) is None)
-        raise InputError(f"the format of {odd} is not known; a log is {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"the format of {odd} is not known; a log's name ends in {', '.join(SUFFIXES)}"
+        )
     if len(kinds) > 1:
         raise InputError("input mixes Parquet and CSV files; convert one kind, e.g. with a glob")
     kind = str(kinds.pop())
@@ -73,7 +75,7 @@ def _expand(one: str) -> list[tuple[str, Path]]:
     if path.is_dir():
         files = [str(entry) for entry in path.rglob("*") if _is_data(entry, path)]
         if not files:
-            raise InputError(f"folder {one} holds no {', '.join(SUFFIXES)} file")
+            raise InputError(f"folder {one} holds no {', '.join(SUFFIXES)} file; name another")
         return [(file, path) for file in files]
     matches = [match for match in glob.glob(str(path), recursive=True) if _visible(match)]
     files = [match for match in matches if Path(match).is_file()]

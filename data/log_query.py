@@ -227,7 +227,8 @@ def _time_value(name: str, types: dict[str, str]) -> tuple[str, str]:
         value = f"TRY_CAST({column} AS TIMESTAMP)"
     else:
         raise InputError(
-            f"columns.time={name} has type {kind}; times are integers, floats, dates or timestamps"
+            f"columns.time={name} has type {kind}; times are integers, floats, dates or "
+            "timestamps, so cast them"
         )
     return value, f"isfinite({value})"
 
@@ -243,7 +244,9 @@ def finite(value: str, kind: str) -> str:
 def _feature(name: str, types: dict[str, str]) -> str:
     kind = types[name]
     if kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION")):
-        raise InputError(f"columns.features={name} has type {kind}; features are single values")
+        raise InputError(
+            f"columns.features={name} has type {kind}; features are single values, so leave it out"
+        )
     return f"CAST({quoted(name)} AS VARCHAR)" if kind.startswith("ENUM") else quoted(name)
 
 

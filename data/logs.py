@@ -56,7 +56,7 @@ def read_events(
     bad_rows, good = sum(bad.values()), marks.get(None, 0)
     read = marks.get(FILTERED, 0) + bad_rows + good if total is None else total
     if read == 0:
-        raise InputError(f"the log is empty: no row in {_named(files)}")
+        raise InputError(f"the log is empty: no row in {_named(files)}; name another input")
     if bad_rows > max_bad_rows:
         _check_every_file(files, rules)
         reasons = ", ".join(f"{count:,} {name}" for name, count in bad.items())

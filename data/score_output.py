@@ -46,9 +46,11 @@ class ScoreFolder:
                     return False
                 time.sleep(POLL_SECONDS)
             return True
-        if (self.path / SUMMARY).exists():
-            raise InputError(f"output={self.path} already exists; remove it or choose another name")
         try:
+            if (self.path / SUMMARY).exists():
+                raise InputError(
+                    f"output={self.path} already exists; remove it or choose another name"
+                )
             self.path.mkdir(parents=True, exist_ok=True)
             entries = sorted(entry.name for entry in self.path.iterdir())
             if entries and JOB not in entries:

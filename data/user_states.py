@@ -74,7 +74,9 @@ class StateManifest:
             raise InputError(f"{path} is damaged ({error}); build the states anew") from error
         for one in manifest.parts:
             if Path(one.path).is_absolute() or ".." in Path(one.path).parts:
-                raise InputError(f"{path} names {one.path}, outside its own folder")
+                raise InputError(
+                    f"{path} names {one.path}, outside its own folder; build the states anew"
+                )
         if manifest.fingerprint != bundle.manifest.fingerprint:
             raise InputError(
                 f"states={folder} are of another model than bundle {bundle.folder}; name that "

@@ -96,7 +96,7 @@ class Group:
 def read_run(folder: Path) -> FinishedRun:
     """Raises InputError for a folder that is no run, unfinished, or damaged."""
     if not (folder / CONFIG).exists():
-        raise InputError(f"{folder} is no run folder: it has no {CONFIG}")
+        raise InputError(f"{folder} is no run folder: it has no {CONFIG}; name a run_dir")
     if not (folder / SUMMARY).exists():
         raise InputError(
             f"{folder} has no {SUMMARY}: the run is not finished; its command again resumes it"
@@ -126,7 +126,7 @@ def _read(folder: Path) -> FinishedRun:
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
         raise InputError(
             f"{folder}: {CONFIG} or {SUMMARY} is damaged or of another version of this program "
-            f"({reason(error)})"
+            f"({reason(error)}); leave it out, or train it again"
         ) from error
     return run
 
@@ -145,7 +145,7 @@ def group_runs(folders: list[str]) -> list[Group]:
     paths = [Path(one).resolve() for one in folders]
     for place, path in enumerate(paths):
         if path in paths[:place]:
-            raise InputError(f"runs names {path} twice")
+            raise InputError(f"runs names {path} twice; name it once")
     runs = [read_run(path) for path in paths]
     values = [column_values(run) for run in runs]
     keys = list(dict.fromkeys(key for one in values for key in one))
@@ -307,7 +307,9 @@ def main(options: dict[str, Any]) -> None:
         try:
             write_atomically(path, as_page(groups, config).encode())
         except OSError as error:
-            raise InputError(f"cannot write output={path}: {error.strerror}") from error
+            raise InputError(
+                f"cannot write output={path}: {error.strerror}; name a writable place"
+            ) from error
         print(f"written to {path}")
 
 

@@ -82,7 +82,9 @@ def _unpack(wheel: Path, name: str) -> bytes:
         with zipfile.ZipFile(wheel) as archive:
             raw = archive.read(INSIDE + name)
     except (OSError, zipfile.BadZipFile, KeyError) as error:
-        raise InputError(f"{wheel} is not the wheel of {PACKAGE} ({error})") from error
+        raise InputError(
+            f"{wheel} is not the wheel of {PACKAGE} ({error}); give wheel= that file"
+        ) from error
     digest = hashlib.sha256(raw).hexdigest()
     if digest != SHA256[name]:
         raise InputError(

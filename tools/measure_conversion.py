@@ -130,7 +130,9 @@ def main(options: dict[str, Any]) -> None:
         check_whole(name, options[name], 1)
     files = find_files(options["input"])
     if files.kind != "parquet":
-        raise InputError(f"{files.paths[0]} is no Parquet, and reading CSV is no floor")
+        raise InputError(
+            f"{files.paths[0]} is no Parquet, and reading CSV is no floor; name a Parquet log"
+        )
     scratch = Path(str(options["scratch"])).absolute()
     try:
         scratch.mkdir(parents=True)

@@ -110,7 +110,9 @@ def score(config: ScoreConfig) -> dict[str, Any] | None:
     # One process looks into every byte; all look at sizes, and torchrun ends all with the first.
     bundle = Bundle.open(Path(config.bundle), place.device, hashes=place.rank == 0)
     if config.k > bundle.vocabulary.size:
-        raise InputError(f"k={config.k} is more than the bundle's {bundle.vocabulary.size} items")
+        raise InputError(
+            f"k={config.k} is more than the bundle's {bundle.vocabulary.size} items; lower it"
+        )
     files = None if _is_dataset(config.input) else find_files(config.input)
     dataset_folder = Path(str(config.input))
     items = read_filter(
@@ -126,7 +128,9 @@ def score(config: ScoreConfig) -> dict[str, Any] | None:
         if place.rank == 0:
             _check_whole(dataset_folder)
     elif config.upto != "all":
-        raise InputError(f"upto={config.upto} is for a converted data set; a raw log has no split")
+        raise InputError(
+            f"upto={config.upto} is for a converted data set; a raw log has no split, use upto=all"
+        )
 
     folder = ScoreFolder(Path(config.output), _job(config, bundle, files), GROUPED)
     if not folder.begin(place.rank == 0):

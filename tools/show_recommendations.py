@@ -110,12 +110,14 @@ def _chosen(parts: list[Path], config: ShowConfig) -> list[str]:
         chosen = list(dict.fromkeys(str(one) for one in config.users))
         absent = sorted(set(chosen) - _rows_of(parts, chosen, ["user_id"]).keys())
         if absent:
-            raise InputError(f"user {absent[0]} is not among the scores in {config.scores}")
+            raise InputError(
+                f"user {absent[0]} is not among the scores in {config.scores}; leave that user out"
+            )
         return chosen
     counts = [pq.read_metadata(path).num_rows for path in parts]
     total = sum(counts)
     if total == 0:
-        raise InputError(f"{config.scores} holds no user's scores")
+        raise InputError(f"{config.scores} holds no user's scores; score histories with events")
     places = sorted(random.Random(config.seed).sample(range(total), min(config.users, total)))
     found, before = [], 0
     for path, count in zip(parts, counts, strict=True):
@@ -161,7 +163,9 @@ def _titles(items: str | None, wanted: list[Any]) -> dict[Any, str]:
         keys = table["item_id"].cast(ids.type).to_pylist()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{items} cannot be read as items ({reason})") from error
+        raise InputError(
+            f"{items} cannot be read as items ({reason}); give a Parquet file of item_id, title"
+        ) from error
     pairs = zip(keys, table["title"].to_pylist(), strict=True)
     return {one: str(title) for one, title in pairs if title is not None}
 
@@ -242,7 +246,9 @@ def main(options: dict[str, Any]) -> None:
         try:
             write_atomically(path, as_page(shown).encode())
         except OSError as error:
-            raise InputError(f"cannot write output={path}: {error.strerror}") from error
+            raise InputError(
+                f"cannot write output={path}: {error.strerror}; name a writable place"
+            ) from error
         print(f"written to {path}")
 
 

@@ -216,7 +216,10 @@ def _check_combinations(config: Config) -> None:
             f"model.head={model.head} does not divide the inner width expand * width = {inner}"
         )
     if model.width % 4:
-        raise InputError(f"model.width={model.width} is no multiple of 4, which FBGEMM's rows need")
+        raise InputError(
+            f"model.width={model.width} is no multiple of 4, which FBGEMM's rows need; use "
+            f"{-(-model.width // 4) * 4}"
+        )
     if model.kind == "bidirectional" and data.samples == "histories":
         raise InputError(
             "model.kind=bidirectional sees the items that data.samples=histories would have it "

@@ -136,7 +136,8 @@ def open_source(path: Path, data: str | None) -> Source:
     dataset, table = Manifest.read(place), StoredTable(folder)
     if table.rows != dataset.table_rows:
         raise InputError(
-            f"{folder} has {table.rows} item rows, its data set {place} {dataset.table_rows}"
+            f"{folder} has {table.rows} item rows, its data set {place} {dataset.table_rows}; "
+            "export another checkpoint"
         )
     Vocabulary.read(place)  # the bundle gets a copy: it must be whole
     return Source(folder, config, table, place, dataset)

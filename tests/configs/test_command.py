@@ -1,6 +1,8 @@
 """Arguments in, a plain config or one sentence out."""
 
+import errno
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.command import CONFIGS, plain_config
+from configs.command import CONFIGS, command, plain_config
 from data.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +79,12 @@ def test_values_groups_and_free_dicts() -> None:
         ("convert", "columns=null", "columns=null is a single value"),
         ("convert", "csv.types=foo", r"csv\.types=foo is a single value"),
         ("convert", "threads={}", "threads holds a single value"),
+        (
+            "convert",
+            "csv.types=[1]",
+            r"cannot compose .*csv\.types=\[1\]; give a value of",
+        ),
+        ("train", "seed=???", r"missing on the command line: seed=…$"),
         ("convert", "split.test_from=3", "split.test_from is no option of split=leave_one_out"),
         ("convert", "model=causal", "model is no option"),
         ("score", "+colums.user=foo", r"did you mean columns\.user\?"),
@@ -97,6 +105,44 @@ def test_the_advised_quotes_are_right(value: str) -> None:
     advice = str(error.value).split("inside quotes, ")[1]
     (argument,) = shlex.split(advice)
     assert config("convert", argument)["where"] == value
+
+
+def test_what_is_no_flag_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert", "--verbose"])
+    with pytest.raises(SystemExit) as ended:
+        command("convert")(print)()
+    assert ended.value.code == 1
+    sentence = "error: --verbose is no flag; there are --help and --cfg job, else key=value\n"
+    assert capsys.readouterr() == ("", sentence)
+
+
+@pytest.mark.parametrize(
+    ("raised", "sentence"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "error: /x: .* access to it"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), "error: /x: .*; name a shorter"),
+        (OSError(errno.EIO, "Input/output error", "/x"), None),
+        (PermissionError(errno.EACCES, "Permission denied"), None),
+    ],
+)
+def test_a_path_that_cannot_be_used_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: OSError,
+    sentence: str | None,
+) -> None:
+    def main(options: dict) -> None:
+        raise raised
+
+    monkeypatch.setattr(sys, "argv", ["convert", *NEEDED["convert"]])
+    with pytest.raises(SystemExit if sentence else OSError) as ended:
+        command("convert")(main)()
+    if sentence is None:
+        assert ended.value is raised, "with its traceback"
+    else:
+        assert re.match(sentence, capsys.readouterr().err)
 
 
 def test_spaces_need_no_quotes_inside() -> None:

@@ -8,6 +8,7 @@ import pytest
 from configs.environment import require_matching, versions
 from data.errors import InputError
 from tests.conftest import ROOT
+from tools import check_env
 
 GOOD = {"torch": "2.13.0+cpu", "fbgemm-gpu-cpu": "1.8.0", "torchrec": "1.8.0"}
 
@@ -37,6 +38,16 @@ def test_a_mismatch_is_one_sentence(changes, message):
 
 def test_this_environment_is_known():
     assert {"python", "torch", "torchrec", "pyarrow"} <= set(versions())
+
+
+def test_a_library_that_does_not_import_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(check_env, "IMPORTS", ("json", "no_such_library"))
+    with pytest.raises(SystemExit) as ended:
+        check_env.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "error: no_such_library does not import (No module named" in said
+    assert said.endswith("run `make install`\n")
 
 
 def test_check_env_as_a_user_runs_it():

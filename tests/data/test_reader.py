@@ -86,6 +86,13 @@ def test_concatenated_ranges_skip_empty_ones():
     assert concatenated_ranges(starts[:0], lengths[:0]).tolist() == []
 
 
+def test_another_number_of_users_is_named(tmp_path):
+    folder = write_dataset(tmp_path, HISTORIES)
+    rewrite(folder, pq.read_table(first_file(folder)).slice(1))
+    with pytest.raises(InputError, match=r"has 22 users, the manifest says 23; convert the log ag"):
+        HistoryDataset(folder).read(0)
+
+
 def test_absent_and_resized_files_are_named(tmp_path):
     folder = write_dataset(tmp_path, HISTORIES)
     path = first_file(folder)

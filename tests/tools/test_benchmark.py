@@ -14,7 +14,7 @@ from data.errors import InputError
 from data.reader import HistoryDataset
 from data.schema import RESERVED_ROWS
 from data.vocabulary import Vocabulary
-from tools.benchmark import SUITES, chosen
+from tools.benchmark import SUITES, chosen, main
 from tools.benchmarks import attention, inputs, loss, published, ssd, table
 from tools.benchmarks.measure import Ceilings, Floor, Timer, Times
 from tools.benchmarks.passes import new_encoder
@@ -139,6 +139,18 @@ def test_suites_are_chosen_by_name() -> None:
     assert chosen(["loss", "ssd", "loss"]) == ["loss", "ssd"]
     with pytest.raises(InputError, match="suite=speed is unknown"):
         chosen("speed")
+
+
+def test_output_needs_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "none" / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark", "suite=ssd", f"output={output}"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said == f"error: output={output}: its folder does not exist; make it first\n"
 
 
 def test_command_line(tmp_path: Path) -> None:

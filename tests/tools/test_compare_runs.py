@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -15,6 +16,7 @@ from tools.compare_runs import (
     as_page,
     group_runs,
     in_order_of,
+    main,
     markdown,
     naming_keys,
     table_of,
@@ -121,9 +123,9 @@ def test_command_prints_and_writes(made, sweep, tmp_path):
 
 
 def test_refusals(made, sweep, tmp_path):
-    with pytest.raises(InputError, match=r"is no run folder: it has no config\.yaml"):
+    with pytest.raises(InputError, match=r"is no run folder: it has no config\.yaml; name a"):
         group_runs([str(tmp_path / "nowhere")])
-    with pytest.raises(InputError, match="twice"):
+    with pytest.raises(InputError, match="twice; name it once"):
         group_runs([sweep[0], f"{sweep[0]}/../{Path(sweep[0]).name}"])
     with pytest.raises(InputError, match=r"x=model\.depth is no key"):
         in_order_of(group_runs(sweep), "model.depth")
@@ -140,7 +142,7 @@ def test_refusals(made, sweep, tmp_path):
     content = json.loads(summary.read_text())
     del content["evaluations"][0]["epochs"]
     summary.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="damaged or of another version"):
+    with pytest.raises(InputError, match=r"damaged or of another version .*; leave it out"):
         group_runs(sweep)
     summary.unlink()
     with pytest.raises(InputError, match="not finished; its command again resumes it"):
@@ -154,3 +156,14 @@ def test_a_run_that_trains_on_is_unfinished(made, tmp_path):
     shutil.copytree(newest, run / FOLDER / "step-00099999")
     with pytest.raises(InputError, match=r"trained on after its summary\.json"):
         group_runs([str(run)])
+
+
+def test_output_that_cannot_be_written(made, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "none" / "page.html"
+    options = [f"runs=[{made.run}]", f"output={output}"]
+    monkeypatch.setattr(sys, "argv", ["compare_runs", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert f"cannot write output={output}: No such file or directory; name a writable" in said

@@ -137,8 +137,15 @@ def test_input_errors(log: Path, tmp_path: Path) -> None:
     for empty in ("", " ", ["", str(log)]):
         with pytest.raises(InputError, match="input is empty"):
             run(empty, out)
+    with pytest.raises(InputError, match=r"input names no file; give input=PATH"):
+        run([], out)
+    (tmp_path / "log.json").touch()
+    with pytest.raises(InputError, match=r"log\.json is not known; .* ends in \.parquet"):
+        run(tmp_path / "log.json", out)
     with pytest.raises(InputError, match=r"split.kind=temporal has no bounds"):
         run(log, out, {"kind": "temporal"})
+    with pytest.raises(InputError, match=r"split\.kind=random is unknown; choose split=leave_one"):
+        run(log, out, {"kind": "random"})
     assert not out.exists()
 
 

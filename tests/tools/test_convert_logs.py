@@ -14,6 +14,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from configs.command import plain_config
+from data import grouping
 from data.engine import open_engine
 from data.errors import InputError
 from data.grouping import group_users, stream_users, use_vocabulary
@@ -36,6 +38,7 @@ from tests.tools.conversion_cases import (
     write,
 )
 from tests.tools.reference_conversion import reference
+from tools.convert_config import ConvertConfig
 
 
 @pytest.fixture
@@ -210,6 +213,8 @@ def test_another_log_is_grouped_with_the_vocabulary(tmp_path: Path) -> None:
         read_events(connection, find_files(str(strings)), rules)
         with pytest.raises(InputError, match="item ids are VARCHAR in the log but BIGINT"):
             use_vocabulary(connection, tmp_path / "out")
+        with pytest.raises(InputError, match=r"none/vocabulary\.parquet does not exist; make a"):
+            use_vocabulary(connection, tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -229,12 +234,53 @@ def test_another_log_is_grouped_with_the_vocabulary(tmp_path: Path) -> None:
         ({"csv_types": {"user_id": "NUMBER"}}, "csv.types"),
         ({"item": "user_id"}, "columns.user and columns.item are both user_id"),
         ({"time": "item_id"}, "columns.item and columns.time are both item_id"),
+        ({"features": ("price", "price")}, "columns.features names 'price' twice; name it once"),
+        ({"overwrite": "yes"}, "overwrite=yes must be true or false"),
     ],
 )
 def test_option_errors(log: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         run(log, tmp_path / "out", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.parquet"]
+
+
+def test_features_are_a_list() -> None:
+    options = plain_config("convert", ["input=L", "output=D", "columns.features=price"])
+    with pytest.raises(InputError, match=r"features=price is no list; write \[price\]"):
+        ConvertConfig.from_dict(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"item": "price"}, "columns.item=price has type DOUBLE; ids are .* so cast them"),
+        ({"time": "flag"}, "columns.time=flag has type BOOLEAN; times are .* so cast them"),
+        ({"features": ("tags",)}, r"features=tags has type BIGINT\[\]; .* so leave it out"),
+    ],
+)
+def test_types_that_cannot_be_used(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    extra: dict[str, list[Any]] = {"price": [0.5] * 9, "flag": [True] * 9, "tags": [[1]] * 9}
+    log = write(tmp_path / "log.parquet", some_events(1, 9), **extra)
+    with pytest.raises(InputError, match=message):
+        run(log, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_is_too_small_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match=r"memory_limit=20MB or the disk .*; raise the limit or fr"),
+        open_engine(tmp_path, "20MB") as connection,
+    ):
+        connection.execute("SELECT list(range) FROM range(10_000_000)")
+
+
+def test_a_row_group_beyond_its_lists_is_refused(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouping, "MOST_EVENTS", 20)
+    with pytest.raises(InputError, match=r"a row group above 20 events; .*row_group_events.*where"):
+        run(log, tmp_path / "out", row_group_events=50)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The output folder: whole or absent, and replaced only when it is ours."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,6 +16,7 @@ from data.errors import InputError
 from data.output_folder import LOCK
 from data.schema import HISTORIES, MANIFEST, RESERVED_ROWS, Manifest
 from tests.tools.conversion_cases import ROOT, digest, run, some_events, write
+from tools import convert_logs
 
 
 @pytest.fixture
@@ -41,6 +43,33 @@ def test_output_is_replaced_only_when_it_is_ours(log: Path, tmp_path: Path) -> N
     assert (out / MANIFEST).exists()
     with pytest.raises(InputError, match="cannot write"):
         run(log, tmp_path / "log.parquet/out")
+
+
+def test_output_that_is_no_folder_is_kept(log: Path, tmp_path: Path) -> None:
+    before = log.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for output in (log, tmp_path / "link"):
+        with pytest.raises(InputError, match="exists and is not a plain folder; choose another"):
+            run(log, output, overwrite=True)
+    assert log.read_bytes() == before
+
+
+def test_full_disk_is_named_and_leaves_the_old_output(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(log, out)
+    before = digest(out)
+
+    def fill(folder: Path, *_: object) -> None:
+        (folder / MANIFEST).write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(convert_logs, "write_vocabulary", fill)
+    with pytest.raises(InputError, match=r"the disk of .*/out is full .*; free space or choose"):
+        run(log, out, overwrite=True)
+    assert digest(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.parquet", "out"]
 
 
 def test_killed_run_leaves_nothing_finished_and_is_cleaned_up(tmp_path: Path, log: Path) -> None:

@@ -155,8 +155,8 @@ def test_popularity_is_counted_on_training_events(tmp_path: Path) -> None:
         ({"users": 0}, "users=0"),
         ({"files": 30_000}, "files=30000 is more than events"),
         ({"ids": "uuid"}, "ids=uuid is unknown"),
-        ({"follow_probability": 1.5}, "follow_probability=1.5"),
-        ({"length_sigma": -1}, "length_sigma=-1"),
+        ({"follow_probability": 1.5}, r"follow_probability=1.5 must lie in \[0, 1\]"),
+        ({"length_sigma": -1}, r"length_sigma=-1 must lie in \[0, 10\]"),
     ],
 )
 def test_errors(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -19,11 +19,13 @@ import torch
 import tools.score_histories as tool
 from data.bundle import Bundle, BundleManifest, sealed
 from data.errors import InputError
+from data.item_filter import read_filter
 from data.log_query import LogRules
 from data.reader import HistoryDataset
 from data.schema import RESERVED_ROWS, Manifest
 from data.score_output import ScoreFolder
 from data.scoring import units_of
+from data.vocabulary import Vocabulary
 from tests.data.datasets import write_dataset
 from tests.trained_run import ITEMS, ROOT, USERS, Trained, run_command, trained
 from tools.score_histories import ScoreConfig, score
@@ -117,6 +119,12 @@ def test_lists_of_items_bound_what_is_recommended(made, tmp_path, as_file):
         expected[user] = ([item for item, _ in kept], [one for _, one in kept])
     assert_same(scores_of(tmp_path / "s"), expected)
     assert summary["users_short"] == sum(len(items) < 3 for items, _ in expected.values()) > 0
+
+
+def test_ids_of_a_numbered_catalogue_are_numbers():
+    vocabulary = Vocabulary(pa.array([5, 6]), np.ones(RESERVED_ROWS + 2, np.int64))
+    with pytest.raises(InputError, match=r"block_items=\['a'\] holds other ids .*; give whole num"):
+        read_filter(vocabulary, None, ["a"], None, "item_ids")
 
 
 def test_single_users_have_items_of_their_own_left_out(made, tmp_path):
@@ -309,7 +317,7 @@ def test_refusals(made, tmp_path):
         assert not output.exists()
 
     refused("k=0 must be a whole number, 1 or more", k=0)
-    refused(f"k={ITEMS + 1} is more than the bundle's {ITEMS} items", k=ITEMS + 1)
+    refused(f"k={ITEMS + 1} is more than the bundle's {ITEMS} items; lower it", k=ITEMS + 1)
     refused("upto=test is unknown", upto="test")
     refused("exclude_seen=maybe", exclude_seen="maybe")
     refused("does not exist; make one with trainer.export", bundle=str(tmp_path / "none"))
@@ -337,6 +345,9 @@ def test_refusals(made, tmp_path):
     refused("allow_items: item ids are int64 here but string", allow_items=numbers)
     odd = write_ids(tmp_path / "odd.parquet", user_id=[[1]], item_ids=[["i9"]])
     refused(r"block_by_user has user ids of type list.*, the histories string", block_by_user=odd)
+    (tmp_path / "text.parquet").write_text("not Parquet")
+    text = str(tmp_path / "text.parquet")
+    refused(r"allow_items=.*cannot be read \(.*\); give a Parquet file", allow_items=text)
     (tmp_path / "cut" / "histories").mkdir(parents=True)
     refused("is not a finished data set", input=str(tmp_path / "cut"))
 
@@ -350,6 +361,14 @@ def test_a_flipped_bit_is_found_before_anything_is_written(made, tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"{path.name} is damaged.* again"):
         score(config(made, tmp_path / "s", input=str(data)))
+    assert not (tmp_path / "s").exists()
+
+
+def test_each_process_needs_a_card(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match=r"cuda needs a GPU .* has 1; start fewer processes"):
+        score(config(made, tmp_path / "s", device="cuda"))
     assert not (tmp_path / "s").exists()
 
 
@@ -426,6 +445,21 @@ def test_an_existing_output_is_kept(made, tmp_path):
         score(config(made, tmp_path / "s"))
     with pytest.raises(InputError, match=r"holds 'histories' and is no unfinished output"):
         score(config(made, made.data))
+    manifest = made.data / "manifest.json"
+    for place in (manifest / "s", tmp_path / ("s" * 300)):  # below a file; beyond a name's length
+        with pytest.raises(InputError, match=r"cannot write output=.*; name a writable place"):
+            score(config(made, place))
+    assert manifest.is_file()
+
+
+def test_a_log_needs_the_rules_of_the_bundle(made, tmp_path):
+    log, _ = write_log(tmp_path / "log", {"user": "user_id", "item": "item_id", "time": "time"})
+    folder = shutil.copytree(made.bundle, tmp_path / "bundle")
+    manifest = BundleManifest.read(folder)
+    replace(manifest, data=manifest.data | {"options": {}}).write(folder)
+    with pytest.raises(InputError, match=r"carries no rules .*; score a converted data set"):
+        score(config(made, tmp_path / "s", bundle=str(folder), input=str(log)))
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_bundle_of_other_rows_than_its_vocabulary_is_refused(made, tmp_path):

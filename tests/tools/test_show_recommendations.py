@@ -1,6 +1,7 @@
 """The look at recommendations: right titles, a table that fits, a page that is safe."""
 
 import re
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.errors import InputError
+from tests.data.datasets import write_dataset
 from tests.trained_run import Trained, run_command, trained
 from tools.score_histories import ScoreConfig, score
-from tools.show_recommendations import COLUMNS, ShowConfig, as_page, as_text, views
+from tools.show_recommendations import COLUMNS, ShowConfig, as_page, as_text, main, views
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_command_prints_and_writes(made, scores, tmp_path):
 
 
 def test_refusals(made, scores, tmp_path):
-    with pytest.raises(InputError, match="user nobody is not among the scores"):
+    with pytest.raises(InputError, match=r"user nobody is not among the scores .*; leave"):
         views(config(made, scores, users=["nobody"]))
     with pytest.raises(InputError, match="holds no finished scores"):
         views(config(made, tmp_path))
@@ -105,3 +107,28 @@ def test_refusals(made, scores, tmp_path):
     for option, value in (("users", 0), ("items_shown", "foo"), ("items_shown", 0), ("seed", "x")):
         with pytest.raises(InputError, match=f"{option}={value} must be a whole number"):
             config(made, scores, **{option: value})
+    with pytest.raises(InputError, match=r"users=True must be a number of users or a list \[ID,"):
+        config(made, scores, users=True)
+    (tmp_path / "items.parquet").write_text("not Parquet")
+    with pytest.raises(InputError, match=r"cannot be read as items \(.*; give a Parquet file of"):
+        views(config(made, scores, items=str(tmp_path / "items.parquet")))
+    other = write_dataset(tmp_path / "other", [[8, 9, 10]])
+    with pytest.raises(InputError, match=r"user u5 is scored but not in .*; name the data set sco"):
+        views(config(made, scores, users=["u5"], histories=str(other)))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "_summary.json").write_text("{}")
+    with pytest.raises(InputError, match=r"empty holds no user's scores; score histories with"):
+        views(config(made, tmp_path / "empty"))
+
+
+def test_output_that_cannot_be_written(made, scores, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "none" / "look.html"
+    options = [f"scores={scores}", f"histories={made.data}", f"output={output}"]
+    monkeypatch.setattr(sys, "argv", ["show", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: cannot write output={output}: No such file or directory; name a writable place\n"
+    )

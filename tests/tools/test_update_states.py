@@ -1,5 +1,6 @@
 """States carried forward day by day answer as the whole log scored from scratch."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -15,7 +16,8 @@ import torch
 from data.bundle import Bundle, BundleManifest
 from data.errors import InputError
 from data.log_query import LogRules
-from data.schema import RESERVED_ROWS
+from data.schema import RESERVED_ROWS, DataFile
+from data.user_states import StatePart
 from tests.tools.test_score_histories import scores_of
 from tests.trained_run import ITEMS, Trained, run_command, trained
 from tools.score_histories import ScoreConfig, score
@@ -178,6 +180,7 @@ def test_refusals(made, days, tmp_path):
         assert not output.exists()
 
     refused("numbers=int8 is unknown; choose fp32 | fp16", numbers="int8")
+    refused("exclude_seen=maybe must be true or false", exclude_seen="maybe")
     refused("k=-1 must be a whole number", k=-1)
     refused("holds no finished states", states=str(made.data / "histories"))
     refused("is not of states version 1", states=str(made.data))
@@ -185,6 +188,11 @@ def test_refusals(made, days, tmp_path):
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"fingerprint": "another"}))
     refused("are of another model than bundle", states=str(states))
+    outside = [manifest["parts"][0] | {"path": "../part.parquet"}]
+    path.write_text(json.dumps(manifest | {"parts": outside}))
+    refused(r"names \.\./part\.parquet, outside its own .*; build the st", states=str(states))
+    path.write_text(json.dumps(manifest | {"colour": 1}))
+    refused(r"manifest\.json is damaged \(.*; build the states anew", states=str(states))
     path.write_text(json.dumps(manifest))
     floats = pq.read_table(days[1])
     floats = floats.set_column(2, "timestamp", floats["timestamp"].cast(pa.float64()))
@@ -199,3 +207,25 @@ def test_refusals(made, days, tmp_path):
     whole = replace(bundle, model=SimpleNamespace(state_numbers=0))
     with pytest.raises(InputError, match="bidirectional and reads whole histories"):
         whole.new_states(1)
+
+
+def test_a_part_that_is_no_parquet_is_named(tmp_path):
+    part = tmp_path / "part-00000.parquet"
+    part.write_bytes(b"not Parquet")
+    file = DataFile(part.name, 1, 11, hashlib.sha256(b"not Parquet").hexdigest())
+    with pytest.raises(InputError, match=r"00000\.parquet cannot be read \(.*\); copy it again"):
+        StatePart.read(tmp_path, file)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (np.nan, r"bundle .* answers NaN or infinity; export another one"),
+        (1e6, r"a state is beyond the range of fp16; use numbers=fp32"),
+    ],
+)
+def test_states_beyond_numbers_are_named(made, days, tmp_path, monkeypatch, number, message):
+    monkeypatch.setattr(Bundle, "advance", lambda _, state, items: torch.full_like(state, number))
+    with pytest.raises(InputError, match=message):
+        move(made, tmp_path / "s", days[0], numbers="fp16")
+    assert not (tmp_path / "s").exists()

@@ -1,5 +1,11 @@
 """The parts of a run take what the config says."""
 
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data.errors import InputError
 from data.reader import HistoryDataset
 from data.vocabulary import Vocabulary
 from tests.data.datasets import random_histories, write_dataset
@@ -22,3 +28,20 @@ def test_max_history_bounds_training_and_evaluation_alike(tmp_path, one_rank):
     evaluated = [one.batch for one in build.evaluation_batches(config, dataset, "test", one_rank)]
     for batches in (trained, evaluated):
         assert max(int(one.offsets_B1.diff().max()) for one in batches) == 4
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path, one_rank):
+    folder = write_dataset(tmp_path, [[8], [9]])
+    dataset, cuda = HistoryDataset(folder), replace(one_rank, device=torch.device("cuda", 0))
+
+    def refused(message: str, world, *options: str) -> None:
+        with pytest.raises(InputError, match=message):
+            build.resolve(composed(*options, f"data.path={folder}"), world, dataset)
+
+    refused(r"has no user with two training events.*; convert a larger log or lower", one_rank)
+    refused(r"model\.head=8 has no CUDA kernel; it is one of 16, 32, 64, 128", cuda, "model.head=8")
+    for name in ("auto", "adam"):
+        options = [f"embedding.optimizer={name}", "embedding.dtype=fp16"]
+        refused(rf"optimizer={name} is adam here.*; use partial_rowwise_adam", cuda, *options)
+    with pytest.raises(InputError, match=r"no test target with a history.*; convert the log with"):
+        build.evaluation_batches(composed(f"data.path={folder}"), dataset, "test", one_rank)

@@ -51,6 +51,7 @@ def test_small_numbers_in_yaml_are_numbers():
         ("trainer.beta1=7", r"trainer.beta1=7.0 is outside \[0, 1\)"),
         ("embedding.offload=disk", "embedding.offload=disk is unknown; it is one of none, uvm"),
         ("embedding.cache_share=1", r"embedding.cache_share=1.0 is outside \(0, 1\)"),
+        ("trainer.stall_seconds=1e9", "trainer.stall_seconds=1000000000.0 is above .*; 0 is off"),
         ("seed=-1", r"seed=-1 is outside \[0, 2.31\)"),
     ],
 )
@@ -62,6 +63,8 @@ def test_what_cannot_be_is_refused(override, message):
 def test_broken_combinations():
     with pytest.raises(InputError, match="windows is for data"):
         composed("data=prefixes", "data.long_history=windows")
+    with pytest.raises(InputError, match=r"width=62 is no multiple of 4, which .* need; use 64"):
+        composed("model.width=62", "model.head=4")
 
 
 def test_config_is_frozen():

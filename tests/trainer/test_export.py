@@ -1,5 +1,6 @@
 """Export: the bundle answers as the trainer, loads with torch alone, and is refused when off."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -26,8 +27,9 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from data.bundle import Bundle, BundleManifest
+from data.bundle import sealed as bundle_file
 from data.errors import InputError
-from data.schema import VOCABULARY
+from data.schema import VOCABULARY, Manifest
 from tests.trained_run import Trained, run_command, trained
 from trainer.checkpoint import find
 from trainer.checkpoint_files import checksums, write_manifest
@@ -156,6 +158,21 @@ def test_stored_rows_of_any_sharding(shards, dtype, tmp_path):
         assert torch.equal(torch.cat(list(table.blocks(block_bytes))), whole.float())
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_without_the_whole_table_is_refused(tmp_path):
+    dcp.save({"model": torch.ones(3)}, checkpoint_id=tmp_path / "none", no_dist=True)
+    with pytest.raises(
+        InputError, match=r"none holds no item table .*; give a checkpoint of a run"
+    ):
+        StoredTable(tmp_path / "none")
+    planner = ShardsPlanner(torch.randn(40, 6), {(0, 0): (25, 6)})
+    dcp.save({}, checkpoint_id=tmp_path / "part", planner=planner, no_dist=True)
+    with pytest.raises(
+        InputError, match=r"stores 150 of the item table's 240 numbers; use another"
+    ):
+        StoredTable(tmp_path / "part")
+
+
 def seal(folder: Path) -> None:
     """Give the checkpoint the checksums of its files, to try what lies behind them."""
     files = [one for one in folder.iterdir() if one.name != "files.json"]
@@ -217,12 +234,37 @@ def test_refusals(made, tmp_path):
         ExportConfig(str(made.run), there, block_bytes=0)
     with pytest.raises(InputError, match="rows=int4 is unknown"):
         ExportConfig(str(made.run), there, rows="int4")
+    with pytest.raises(InputError, match=r"min_agreement=1\.5 is outside \[0, 1\]"):
+        ExportConfig(str(made.run), there, min_agreement=1.5)
+    with pytest.raises(InputError, match="overwrite=yes must be true or false"):
+        ExportConfig(str(made.run), there, overwrite="yes")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="holds 'histories'"):
         export(ExportConfig(str(made.run), str(made.data), overwrite=True))
     with pytest.raises(InputError, match="no checkpoint and no run"):
         export(ExportConfig(str(tmp_path), str(tmp_path / "b")))
     with pytest.raises(InputError, match=r"is not there; name its new place with data_path=DIR"):
         export(ExportConfig(str(made.run), str(tmp_path / "b"), data_path=str(tmp_path)))
+
+
+def test_another_data_set_is_refused(made, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(find(made.run), folder)
+    data = shutil.copytree(made.data, tmp_path / "data")
+    manifest = Manifest.read(data)
+    replace(manifest, table_rows=manifest.table_rows + 1).write(data)
+    config = ExportConfig(str(folder), str(tmp_path / "b"), data_path=str(data))
+    with pytest.raises(InputError, match=r"/data is not the data set that .*data_path=DIR"):
+        export(config)
+    old, new = (
+        hashlib.sha256((one / "manifest.json").read_bytes()).hexdigest()
+        for one in (made.data, data)
+    )
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace(old, new))
+    seal(folder)
+    with pytest.raises(InputError, match=r"has 58 item rows, its data set .*/data 59; export ano"):
+        export(config)
+    assert not (tmp_path / "b").exists()
 
 
 def truncate(path: Path, share: float) -> None:
@@ -320,6 +362,19 @@ def spoil_content(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200] + bytes(200))
 
 
+def spoil_place(folder: Path) -> None:
+    manifest = BundleManifest.read(folder)
+    files = [replace(manifest.files[0], path="../model.pt"), *manifest.files[1:]]
+    replace(manifest, files=files).write(folder)
+
+
+def spoil_model(folder: Path) -> None:
+    (folder / "model.pt").write_bytes(b"no TorchScript")
+    manifest = BundleManifest.read(folder)
+    files = [bundle_file(folder, folder / one.path) for one in manifest.files]
+    replace(manifest, files=files).write(folder)
+
+
 def spoil_version(folder: Path) -> None:
     replace(BundleManifest.read(folder), bundle_version=99).write(folder)
 
@@ -330,6 +385,8 @@ def spoil_version(folder: Path) -> None:
         (spoil_size, "bytes, the bundle's manifest says"),
         (spoil_content, "hash is not the manifest's"),
         (spoil_version, "bundle version 99"),
+        (spoil_place, r"names \.\./model\.pt, outside its own folder; .*export"),
+        (spoil_model, r"bundle .* cannot be loaded \(.*\); .*export"),
         (lambda folder: (folder / "manifest.json").unlink(), "no finished bundle"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "damaged"),
         (lambda folder: (folder / VOCABULARY).unlink(), "absent"),

@@ -120,3 +120,8 @@ def test_state_is_fp32_whatever_the_rows_are(optimizer, state):
     memory = TableMemory.of(1000, 128, table(f"optimizer={optimizer}", "dtype=fp16"), CUDA)
     assert (memory.weights, memory.state) == (256_000, 1000 * state)
     assert memory.needed == Memory(memory.weights + memory.state, 0)
+
+
+def test_an_optimizer_that_the_host_lacks():
+    with pytest.raises(InputError, match=r"adam does not exist on cpu; it is one of auto, rowwise"):
+        sharding.table_optimizer("adam", torch.device("cpu"))

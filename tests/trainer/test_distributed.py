@@ -1,0 +1,30 @@
+"""What a rank refuses before it joins the others, on hosts as they are not here."""
+
+import pytest
+import torch
+
+from data.errors import InputError
+from trainer.distributed import process_group
+
+
+def refused(message: str, device: str) -> None:
+    with pytest.raises(InputError, match=message), process_group(device):
+        pytest.fail("the group was joined")
+
+
+def test_more_ranks_than_cards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    refused(r"--nproc_per_node=3, but this host has 2 GPUs; start one process a GPU", "auto")
+
+
+def test_restarts_on_several_hosts_with_a_kept_store(monkeypatch):
+    for name, value in {
+        "RANK": "0",
+        "GROUP_WORLD_SIZE": "2",
+        "TORCHELASTIC_RESTART_COUNT": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }.items():
+        monkeypatch.setenv(name, value)
+    refused(r"on several hosts .*: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun", "cpu")
