@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from data.schema import MANIFEST, VOCABULARY, write_atomically
+from data.schema import MANIFEST, VOCABULARY, sha256_of, write_atomically
 from data.vocabulary import Vocabulary
 
 BUNDLE_VERSION = 2
@@ -251,10 +251,9 @@ def load_model(model: Path | IO[bytes], parts: Iterable[Path], device: torch.dev
 def sealed(folder: Path, path: Path) -> BundleFile:
     """A finished file as the manifest names it, on the disk for good."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-        size = file.tell()
-    return BundleFile(path.relative_to(folder).as_posix(), size, digest)
+    size = path.stat().st_size
+    return BundleFile(path.relative_to(folder).as_posix(), size, sha256_of(path))
 
 
 def _check_file(path: Path, expected: BundleFile, hashes: bool) -> None:
@@ -265,7 +264,5 @@ def _check_file(path: Path, expected: BundleFile, hashes: bool) -> None:
         raise InputError(
             f"{path} has {size:,} bytes, the bundle's manifest says {expected.bytes:,}; {AGAIN}"
         )
-    if hashes:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-                raise InputError(f"{path} is damaged, its hash is not the manifest's; {AGAIN}")
+    if hashes and sha256_of(path) != expected.sha256:
+        raise InputError(f"{path} is damaged, its hash is not the manifest's; {AGAIN}")

@@ -1,6 +1,5 @@
 """From grouped events to a data set's files: history shards, their counts, sealed files."""
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.log_query import OWN_COLUMNS
-from data.schema import COMPRESSION, HISTORIES, DataFile, history_schema
+from data.schema import COMPRESSION, HISTORIES, DataFile, history_schema, sha256_of
 
 
 @dataclass
@@ -88,8 +87,6 @@ def write_histories(
 def sealed(folder: Path, path: Path) -> DataFile:
     """A finished Parquet file as the manifest names it, on the disk for good."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-        size = file.tell()
-    rows = pq.read_metadata(path).num_rows
-    return DataFile(path.relative_to(folder).as_posix(), rows, size, digest)
+    rows, size = pq.read_metadata(path).num_rows, path.stat().st_size
+    return DataFile(path.relative_to(folder).as_posix(), rows, size, sha256_of(path))

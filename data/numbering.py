@@ -1,6 +1,5 @@
 """Items to table rows: those of an existing vocabulary keep theirs, new ones are appended."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,15 @@ import pyarrow.parquet as pq
 from data.engine import first_line, one_row, quoted_path, scalar
 from data.errors import InputError
 from data.k_core import ITEM_COUNTS
-from data.schema import COMPRESSION, RESERVED_ROWS, VOCABULARY, Manifest, damage, vocabulary_schema
+from data.schema import (
+    COMPRESSION,
+    RESERVED_ROWS,
+    VOCABULARY,
+    Manifest,
+    damage,
+    sha256_of,
+    vocabulary_schema,
+)
 
 KNOWN_ITEMS, NUMBERED_ITEMS = "known_items", "numbered_items"
 
@@ -31,8 +38,7 @@ class KnownVocabulary:
         Raises InputError when it is absent, or its folder is no data set of this version.
         """
         if place.is_file():
-            with place.open("rb") as file:
-                return cls(place, hashlib.file_digest(file, "sha256").hexdigest())
+            return cls(place, sha256_of(place))
         expected = Manifest.read(place).vocabulary
         if reason := damage(place, expected):
             raise InputError(f"{place / VOCABULARY} {reason}; copy the data set again")

@@ -206,11 +206,16 @@ def damage(folder: Path, expected: DataFile) -> str | None:
         size = path.stat().st_size
         if size != expected.bytes:
             return f"has {size:,} bytes, the manifest says {expected.bytes:,}"
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None if digest == expected.sha256 else "is damaged, its hash is not the manifest's"
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -12,7 +12,6 @@ A user without a history (nothing known, or nothing in the part that `upto` name
 left out. All options: configs/score.yaml.
 """
 
-import hashlib
 import os
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -27,7 +26,7 @@ from data.errors import InputError, check_whole
 from data.item_filter import ItemFilter, read_filter
 from data.log_files import LogFiles, find_files
 from data.reader import HistoryDataset, damaged_files
-from data.schema import HISTORIES, MANIFEST, VOCABULARY, Manifest
+from data.schema import HISTORIES, MANIFEST, VOCABULARY, Manifest, sha256_of
 from data.score_output import ScoreFolder, summarise
 from data.scoring import UPTO, Unit, score_unit, units_of
 from tools.stages import print_table
@@ -254,7 +253,7 @@ def _job(config: ScoreConfig, bundle: Bundle, files: LogFiles | None) -> dict[st
     """What the output depends on, so that a run goes on only with what is its own."""
     source: Any
     if files is None:
-        source = _content(Path(str(config.input)) / MANIFEST)
+        source = sha256_of(Path(str(config.input)) / MANIFEST)
     else:
         facts = [(path, os.stat(path)) for path in files.paths]
         source = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in facts]
@@ -262,14 +261,9 @@ def _job(config: ScoreConfig, bundle: Bundle, files: LogFiles | None) -> dict[st
     options = {name: value for name, value in asdict(config).items() if name in kept}
     for name in ("allow_items", "block_items", "block_by_user"):
         value = getattr(config, name)
-        options[name] = value if value is None or isinstance(value, list) else _content(Path(value))
+        options[name] = sha256_of(Path(value)) if isinstance(value, str) else value
     options["block_by_user_column"] = config.block_by_user_column
     return {"bundle": bundle.manifest.fingerprint, "input": source, **options}
-
-
-def _content(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _group(config: ScoreConfig, files: LogFiles, bundle: Bundle, folder: Path) -> None:

@@ -5,7 +5,6 @@ with another. Here the first may name nothing but the classes of that descriptio
 do not exist: everything that a run stores is a tensor or JSON.
 """
 
-import hashlib
 import json
 import pickle
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from data.errors import InputError, reason
-from data.schema import write_atomically
+from data.schema import sha256_of, write_atomically
 
 MANIFEST = "files.json"  # written last: a folder without one is no checkpoint
 METADATA = ".metadata"
@@ -109,12 +108,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def checksums(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """{"bytes", "sha256"} of each file by its name."""
-    found = {}
-    for path in paths:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    return found
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
 
 
 def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
