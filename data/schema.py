@@ -177,7 +177,10 @@ class Manifest:
             raw = json.loads(path.read_bytes())
             version = raw.get("schema_version")
             if version is None:
-                raise InputError(f"{folder} is no data set, its {MANIFEST} is of another kind")
+                raise InputError(
+                    f"{path} is of another kind than a data set's; name a folder that "
+                    "tools.convert_logs wrote"
+                )
             if version != SCHEMA_VERSION:
                 raise InputError(
                     f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; "

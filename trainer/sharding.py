@@ -14,6 +14,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -23,7 +24,6 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import SGD, Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
@@ -165,7 +165,7 @@ def shard(
     """Shard the table by the plan, wrap the rest in DDP, attach both optimizers, fill the rows."""
     # TorchRec's classes, since the arguments reach FBGEMM under its own names (beta1, not betas).
     kind, arguments = _fused_optimizer(table_optimizer(table.optimizer, world.device), table)
-    apply_optimizer_in_backward(kind, recommender.table.parameters(), arguments)
+    _apply_optimizer_in_backward(kind, recommender.table.parameters(), arguments)
     model = DistributedModelParallel(
         module=recommender,
         device=world.device,
