@@ -49,14 +49,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(data, straight, tmp_path):
 
 def test_rank_that_hangs_is_named_and_ends_the_job(data, tmp_path):
     process = start(
-        [f"data.path={data}", f"run_dir={tmp_path}", "trainer.stall_seconds=10"],
+        [f"data.path={data}", f"run_dir={tmp_path}", "trainer.stall_seconds=20"],
         extra=("--standalone", "-m"),
         program="tests.trainer.faulty",
     )
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "rank 1 on " in output
-    assert "has made no progress for 10 s (trainer.stall_seconds) while taking step 4" in output
+    assert "has made no progress for 20 s (trainer.stall_seconds) while taking step 4" in output
     assert "in stalling" in output, "its stack"
 
 
@@ -71,7 +71,7 @@ def test_rank_that_hangs_is_named_and_ends_the_job(data, tmp_path):
 def test_watchdog_ends_a_process_that_hangs(hang, status, message):
     program = (
         "import ctypes, time; from trainer.watchdog import Watchdog\n"
-        "with Watchdog(0.5, rank=3) as watchdog:\n"
+        "with Watchdog(2.0, rank=3) as watchdog:\n"
         "    for _ in range(20): time.sleep(0.05); watchdog.beat('taking step 7')\n"
         f"    {hang}\n"
     )
