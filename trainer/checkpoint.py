@@ -13,7 +13,7 @@ a folder with the final name is whole; what happens to it later its checksums fi
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -23,8 +23,6 @@ from data.errors import InputError, reason
 from trainer import checkpoint_files as files
 from trainer.distributed import World
 from trainer.sharding import Sharded
-
-T = TypeVar("T")
 
 FOLDER = "checkpoints"
 STATE = "state.json"
@@ -184,7 +182,7 @@ def require_best(run_dir: Path, state: RunState, world: World) -> None:
     best = checkpoint_path(run_dir, state.best_step)
     if not state.best_step or state.best_step == state.step:
         return
-    damage = find_damage(best, world) if best.exists() else "it is absent"
+    damage = find_damage(best, world)
     if damage is not None:
         raise InputError(
             f"the best checkpoint {best} is lost ({damage}), which this run's test figures need; "

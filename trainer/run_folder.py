@@ -141,10 +141,9 @@ def require_agreement(text: str, world: World) -> None:
     mine = flatten(yaml.safe_load(texts[0]))
     for rank, other in enumerate(texts):
         theirs = flatten(yaml.safe_load(other)) if other != texts[0] else mine
-        keys = sorted(
-            {*mine, *theirs} - {"data.path", "run_dir"}
-        )  # hosts mount folders as they like
-        keys = [key for key in keys if mine.get(key) != theirs.get(key)]
+        # Hosts mount folders as they like.
+        known = sorted({*mine, *theirs} - {"data.path", "run_dir"})
+        keys = [key for key in known if mine.get(key) != theirs.get(key)]
         if keys:
             raise InputError(
                 f"rank {rank} was started with another config than rank 0 ("
@@ -222,8 +221,15 @@ def _on_main(do: Callable[[], T], world: World) -> T | None:
 def _compare_last_start(run_dir: Path, content: dict[str, Any]) -> None:
     """Before anything in the folder is touched: what its last start wrote, if it saved anything."""
     path = run_dir / CONFIG
-    if path.exists() and list_checkpoints(run_dir):
-        _compare(run_dir, yaml.safe_load(path.read_text()), content)
+    if not path.exists() or not list_checkpoints(run_dir):
+        return
+    try:
+        before = yaml.safe_load(path.read_text())
+    except (ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise InputError(f"{path} is damaged; copy the one of the newest checkpoint there")
+    _compare(run_dir, before, content)
 
 
 def _take(run_dir: Path) -> Any:

@@ -25,7 +25,7 @@ from trainer.checkpoint import (
     require_best,
 )
 from trainer.checkpoint_files import MANIFEST, METADATA, Planner, Reader, find_damage
-from trainer.run_folder import newest_whole
+from trainer.run_folder import _compare_last_start, newest_whole
 from trainer.saver import Saver
 
 
@@ -100,7 +100,7 @@ def test_best_checkpoint_is_looked_at_when_a_run_resumes(two, one_rank):
     flip(older / "__0_0.distcp")
     with pytest.raises(InputError, match=r"best checkpoint .* is lost .*checksum"):
         require_best(older.parent.parent, state, one_rank)
-    with pytest.raises(InputError, match=r"best checkpoint .* is lost \(it is absent\)"):
+    with pytest.raises(InputError, match=r"best checkpoint .* is lost \(.*files\.json is absent\)"):
         require_best(older.parent.parent, state.with_(best_step=7), one_rank)
 
 
@@ -272,3 +272,11 @@ def test_verify_names_the_checkpoint_and_the_file(two, one_rank):
         InputError, match=r"step-00000001 is damaged: .*state\.json.*; copy it again"
     ):
         checkpoint.verify(two[0], one_rank)
+
+
+@pytest.mark.parametrize("text", ["a: [", "", "7"])
+def test_damaged_config_of_a_run_is_named(two, text):
+    run_dir = two[0].parent.parent
+    (run_dir / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"config\.yaml is damaged; copy"):
+        _compare_last_start(run_dir, {"seed": 1})
