@@ -37,7 +37,8 @@ def candidate_logsumexp(
     of the sum. `place_N` is the target's place among the candidates; where it is none of 0 to
     C - 1, or not given, the second answer is 0. Products are taken in the autocast dtype.
     """
-    # Not `logsumexp_fused` on CUDA: that has not been timed on a card.
+    if h_ND.is_cuda:
+        return logsumexp_fused(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N)
     return logsumexp_reference(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N)
 
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_TAPS = (1, 2, 3, 4)
 ROWS, COLUMNS, ROWS_A_PROGRAM = 8, 128, 256
 
 
@@ -84,18 +85,21 @@ def conv_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def conv_gradient_kernel(
     x_ptr, weight_ptr, bias_ptr, reach_ptr, dy_ptr, dx_ptr, partial_ptr, tokens, x_stride,
-    dy_stride, E: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, R: tl.constexpr,
-    W: tl.constexpr, ROWS: tl.constexpr,
+    dy_stride, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx of ROWS tokens; their share of the K tap gradients and the bias gradient, [K + 1, E].
 
-    TAPS is the power of two that holds K + 1.
+    A lane sums its own rows' shares in registers; lanes meet once, at the end.
     """
     column_W = tl.program_id(1) * W + tl.arange(0, W)
     inside_W = column_W < E
     bias_W = tl.load(bias_ptr + column_W, mask=inside_W, other=0.0).to(tl.float32)
-    k_K = tl.arange(0, TAPS)
-    total_KW = tl.zeros([TAPS, W], tl.float32)
+    dbias_RW = tl.zeros([R, W], tl.float32)
+    back0_RW = tl.zeros([R, W], tl.float32)  # of the tap that looks 0 tokens back, then 1, 2, 3
+    back1_RW = tl.zeros([R, W], tl.float32)
+    back2_RW = tl.zeros([R, W], tl.float32)
+    back3_RW = tl.zeros([R, W], tl.float32)
     for tile in range(0, ROWS // R):
         row_R = tl.program_id(0) * ROWS + tile * R + tl.arange(0, R)
         dx_RW = tl.zeros([R, W], tl.float32)
@@ -113,18 +117,30 @@ def conv_gradient_kernel(
             tap_W = tl.load(tap_ptrs, mask=inside_W, other=0.0).to(tl.float32)
             dx_RW += tl.where((reach_R >= ahead)[:, None], tap_W[None, :] * dz_RW, 0.0)
             if ahead == 0:
-                total_KW += tl.where((k_K == K)[:, None], tl.sum(dz_RW, 0)[None, :], 0.0)
+                dbias_RW += dz_RW
                 for distance in tl.static_range(K):
                     x_RW = load_rows(x_ptr, row_R, column_W, tokens, x_stride, -distance, E)
-                    x_RW = tl.where((reach_R >= distance)[:, None], x_RW, 0.0)
-                    dtap_W = tl.sum(dz_RW * x_RW, 0)
-                    here_K = k_K == K - 1 - distance
-                    total_KW += tl.where(here_K[:, None], dtap_W[None, :], 0.0)
+                    share_RW = tl.where((reach_R >= distance)[:, None], dz_RW * x_RW, 0.0)
+                    if distance == 0:
+                        back0_RW += share_RW
+                    elif distance == 1:
+                        back1_RW += share_RW
+                    elif distance == 2:
+                        back2_RW += share_RW
+                    else:
+                        back3_RW += share_RW
         mask_RW = (row_R < tokens)[:, None] & inside_W[None, :]
         dx_ptrs = dx_ptr + row_R.to(tl.int64)[:, None] * E + column_W[None, :]
         tl.store(dx_ptrs, dx_RW.to(dx_ptr.dtype.element_ty), mask=mask_RW)
-    partial_ptrs = partial_ptr + (tl.program_id(0) * (K + 1) + k_K[:, None]) * E + column_W[None, :]
-    tl.store(partial_ptrs, total_KW, mask=(k_K <= K)[:, None] & inside_W[None, :])
+    partial_ptrs = partial_ptr + tl.program_id(0) * (K + 1) * E + column_W
+    tl.store(partial_ptrs + K * E, tl.sum(dbias_RW, 0), mask=inside_W)
+    tl.store(partial_ptrs + (K - 1) * E, tl.sum(back0_RW, 0), mask=inside_W)
+    if K > 1:
+        tl.store(partial_ptrs + (K - 2) * E, tl.sum(back1_RW, 0), mask=inside_W)
+    if K > 2:
+        tl.store(partial_ptrs + (K - 3) * E, tl.sum(back2_RW, 0), mask=inside_W)
+    if K > 3:
+        tl.store(partial_ptrs + (K - 4) * E, tl.sum(back3_RW, 0), mask=inside_W)
 
 
 def reaches(offsets_B1: Tensor, tokens: int, K: int) -> Tensor:
@@ -172,8 +188,7 @@ def causal_conv_backward_op(
     if T:
         conv_gradient_kernel[(runs, triton.cdiv(E, COLUMNS))](
             x_TE, weight_EK, bias_E, reaches(offsets_B1, T, K), dy_TE, dx_TE, partial_RKE, T,
-            x_TE.stride(0), dy_TE.stride(0), E, K, triton.next_power_of_2(K + 1), ROWS, COLUMNS,
-            ROWS_A_PROGRAM, num_warps=4,
+            x_TE.stride(0), dy_TE.stride(0), E, K, ROWS, COLUMNS, ROWS_A_PROGRAM, num_warps=4,
         )  # fmt: skip
     total_KE = partial_RKE.sum(0)
     dweight_EK = total_KE[:K].T.contiguous().to(weight_EK.dtype)
@@ -213,9 +228,11 @@ def causal_conv_triton(
         offsets_B1: int64 sequence starts and the end of the last; padding may follow.
 
     Raises:
-        ValueError: shapes that do not fit, or a dtype that the kernel does not have.
+        ValueError: shapes that do not fit, or taps or a dtype that the kernel does not have.
     """
-    E = x_TE.shape[1]
+    E, K = x_TE.shape[1], weight_EK.shape[1]
+    if K not in KERNEL_TAPS:
+        raise ValueError(f"a convolution of {K} taps has no kernel, only {KERNEL_TAPS}")
     if x_TE.dtype not in DTYPES or offsets_B1.dtype != torch.int64:
         raise ValueError(
             f"x must be one of {DTYPES}, offsets int64: {x_TE.dtype}, {offsets_B1.dtype}"
