@@ -62,12 +62,24 @@ class SequenceBatch(Pipelineable):
             values=torch.cat([history_T, candidates_C]),
             lengths=torch.cat([_even_shares(count, samples) for count in counts]),
             stride=samples,
+            length_per_key=list(counts),  # else TorchRec reads it from the device, and waits
         )
         total = torch.tensor(step_targets, dtype=torch.float32)
         return cls(features, offsets_B1, targets_S, read_positions_S, log_counts_C, total)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SequenceBatch":
         return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))
+
+    def overwrite(self, other: "SequenceBatch") -> None:
+        """Copy another batch of equal shapes into this one's tensors, without waiting.
+
+        The shares of the ids follow from the shapes, so they are the same already.
+        """
+        self.features.values().copy_(other.features.values(), non_blocking=True)
+        for one in fields(self):
+            own, value = getattr(self, one.name), getattr(other, one.name)
+            if isinstance(own, Tensor):
+                own.copy_(value, non_blocking=True)
 
     def pin_memory(self) -> "SequenceBatch":
         return self._map(lambda value: value.pin_memory())

@@ -53,6 +53,11 @@ class FullSoftmax(nn.Module):
         super().__init__()
         self.rank, self.logsumexp = rank, logsumexp
 
+    @property
+    def communicates(self) -> bool:
+        """Whether there are collectives inside."""
+        return world_size() > 1
+
     def forward(
         self,
         h_SD: Tensor,
@@ -92,6 +97,7 @@ class SampledSoftmax(nn.Module):
         logsumexp: LogSumExp = candidate_logsumexp,
     ) -> None:
         super().__init__()
+        self.communicates = False  # all is on this rank
         self.negatives, self.in_batch, self.logq = negatives, in_batch, logq
         self.logsumexp = logsumexp
 

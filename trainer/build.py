@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 
-from data.batch import SequenceBatch
 from data.errors import InputError
 from data.evaluation import EvaluationBatches
 from data.loader import TrainingSteps
@@ -14,7 +13,6 @@ from data.negatives import Candidates, FullCandidates, SampledCandidates
 from data.packing import default_max_sequences
 from data.reader import HistoryDataset
 from data.samples import Objective, SampleRule, Split
-from data.schema import RESERVED_ROWS
 from data.vocabulary import Vocabulary
 from modules.encoder import Encoder
 from modules.item_table import ItemTable
@@ -134,31 +132,6 @@ def reads(config: Config) -> int:
     """Read positions of a batch."""
     data = config.data
     return data.batch_tokens if data.samples == "histories" else data.max_sequences or 1
-
-
-def captures(config: Config, world: World) -> bool:
-    """Whether encoder and loss run as CUDA graphs: asked for, on CUDA, and without collectives
-    inside, which the full softmax has on several ranks."""
-    inside = world.size > 1 and config.loss.kind == "full"
-    return config.trainer.cuda_graphs and world.device.type == "cuda" and not inside
-
-
-def sample_batch(config: Config, drawn: Candidates) -> SequenceBatch:
-    """A batch of the run's shapes, of one-token histories: what CUDA graphs are captured on."""
-    tokens, sequences = config.data.batch_tokens, config.data.max_sequences or 1
-    offsets_B1 = torch.arange(sequences + 1).clamp(max=tokens)
-    reads = None if config.data.samples == "histories" else offsets_B1[:-1].clamp(max=tokens - 1)
-    targets_S = torch.full((tokens if reads is None else sequences,), RESERVED_ROWS)
-    candidates_C, log_counts_C = drawn.for_pack(0, targets_S.numpy())
-    return SequenceBatch.build(
-        torch.full((tokens,), RESERVED_ROWS),
-        torch.as_tensor(candidates_C),
-        offsets_B1,
-        targets_S,
-        reads,
-        None if log_counts_C is None else torch.as_tensor(log_counts_C),
-        float(len(targets_S)),
-    )
 
 
 def training_steps(

@@ -1,24 +1,22 @@
-"""The training loop: one step, the schedule, and the cadence of evaluation and checkpoints."""
+"""The training loop: its steps, and the cadence of evaluation and checkpoints."""
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from data.evaluation import EvaluationBatches
 from data.loader import Step, TrainingSteps
 from trainer.checkpoint import RunState
 from trainer.config import TrainerConfig
-from trainer.distributed import World, seed_step
+from trainer.distributed import World
 from trainer.evaluate import evaluate, top_items
-from trainer.observe import Observer, Outcome
+from trainer.observe import Observer
 from trainer.saver import Saver
-from trainer.sharding import Sharded, table_kernels
+from trainer.sharding import Sharded
+from trainer.stepper import Stepper
 from trainer.stop import signal_name
 from trainer.watchdog import Watchdog
 
@@ -131,74 +129,6 @@ class Clock:
         return state.with_(
             seconds=now - self.wall_zero, training_seconds=now - self.training_zero - self.away
         )
-
-
-class Stepper:
-    """Takes training steps: learning rates, forward, backward and update.
-
-    DDP and TorchRec average gradients over ranks, so this rank's part of the global mean is
-    weighted by the number of ranks. The table is updated inside `backward`, and takes its learning
-    rate at `zero_grad`.
-    """
-
-    def __init__(self, sharded: Sharded, config: TrainerConfig, world: World, seed: int) -> None:
-        self.sharded, self.config, self.world, self.seed = sharded, config, world, seed
-        self._peaks = [(group, group["lr"]) for group in sharded.optimizer.param_groups]
-        self._skips = config.nonfinite == "skip"
-        sharded.recommender.drop_nonfinite_rows = self._skips
-        # FBGEMM's Adam counts every lookup as an update, those of an evaluation too.
-        self._tables = table_kernels(sharded.model)
-        self._updates = max((int(one.iter) for one in self._tables), default=0)
-
-    def take(self, step: Step, number: int) -> Outcome:
-        """Step `number` of the run, counted from 0."""
-        config, optimizer = self.config, self.sharded.optimizer
-        rate = self._set_rates(number, step.progress)
-        seed_step(self.seed, number, self.world.rank)
-        batch = step.batch.to(self.world.device, non_blocking=True)
-        # Not zeroed in place: a captured graph returns its own buffers, which would add up.
-        optimizer.zero_grad(set_to_none=True)
-        for table in self._tables:
-            table.iter_cpu.fill_(self._updates)
-        loss = self.sharded.model(batch)
-        value = loss.detach().clone()  # a captured graph writes the next step's in the same place
-        if self._skips and not finite_everywhere(value):
-            return Outcome(torch.zeros_like(value), None, rate, skipped=True)
-        (loss * (self.world.size / batch.step_targets)).backward()
-        self._updates += 1
-        norm = None
-        if config.clip_norm or self._skips:
-            most = config.clip_norm or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(self.sharded.dense_parameters, most)
-            if self._skips and not finite_everywhere(norm):
-                return Outcome(torch.zeros_like(value), None, rate, skipped=True)
-        optimizer.step()
-        return Outcome(value, norm, rate)
-
-    def _set_rates(self, number: int, progress: float) -> float:
-        """Set the rates of table and dense parameters, each a share of its own peak; the dense."""
-        share = schedule_share(self.config.schedule, self.config.warmup_steps, number, progress)
-        for group, peak in self._peaks:
-            group["lr"] = peak * share
-        return self.config.learning_rate * share
-
-
-def finite_everywhere(value: Tensor) -> bool:
-    """Whether a number is finite on every rank. Collective, and waits for the device."""
-    finite = torch.isfinite(value).float()
-    dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return bool(finite)
-
-
-def schedule_share(schedule: str, warmup_steps: int, step: int, progress: float) -> float:
-    """Share of the peak learning rate: linear warm-up over steps, then constant or a cosine to 0.
-
-    progress: share of the training done, 0 to 1.
-    """
-    warm = min(1.0, (step + 1) / (warmup_steps + 1))
-    if schedule == "cosine":
-        return warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return warm
 
 
 def evaluate_and_judge(run: Run, state: RunState) -> RunState:

@@ -65,8 +65,6 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
         stop = stack.enter_context(stop_request())
         watchdog = stack.enter_context(Watchdog(config.trainer.stall_seconds, world.rank))
         folder = stack.enter_context(run_folder(run_dir, config, dataset, vocabulary, world))
-        if build.captures(config, world):
-            model.capture(build.sample_batch(config, drawn).to(world.device))
         sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
         before = first_state(config, folder, vocabulary, sharded, world)
         steps = stack.enter_context(build.training_steps(config, dataset, drawn, world, before))

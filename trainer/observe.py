@@ -6,7 +6,6 @@ interval that the config fixes: there the ranks sum their losses, and agree to s
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,25 +20,11 @@ from data.loader import Step
 from trainer.config import ModelConfig
 from trainer.distributed import World
 from trainer.evaluate import DIVERGED
+from trainer.stepper import Outcome
 from trainer.stop import StopRequest
 
 # Dense bf16 matmul rates of the data sheets, FLOP/s; MFU is shown for these devices only.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step did on this rank.
-
-    loss: the sum of its losses, detached. norm: of the dense gradients of all ranks before
-    clipping, where clipping or trainer.nonfinite=skip asks for it. rate: the dense learning rate.
-    skipped: no dense parameter was updated, and no table row by a number that is not finite.
-    """
-
-    loss: Tensor
-    norm: Tensor | None
-    rate: float
-    skipped: bool = False
 
 
 class Observer:

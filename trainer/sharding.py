@@ -119,8 +119,10 @@ def plan_table(
 def _constraint(
     module: Recommender, config: TableConfig, world: World, batch_tokens: int, candidates: int
 ) -> ParameterConstraints:
-    # Not column-wise unless asked: it changes what a row-wise optimizer does.
-    kinds = ["row_wise", "table_wise"] if config.sharding == "auto" else [config.sharding]
+    kinds = [config.sharding]
+    if config.sharding == "auto":
+        # Not column-wise: it changes what a row-wise optimizer does. One rank owns every row.
+        kinds = ["table_wise"] if world.size == 1 else ["row_wise", "table_wise"]
     cached = config.offload == "uvm_caching"
     return ParameterConstraints(
         sharding_types=kinds,
@@ -162,7 +164,10 @@ def shard(
     world: World,
     seed: int,
 ) -> Sharded:
-    """Shard the table by the plan, wrap the rest in DDP, attach both optimizers, fill the rows."""
+    """Shard the table by the plan, attach both optimizers, fill the rows. Collective.
+
+    Every rank starts from rank 0's dense parameters.
+    """
     # TorchRec's classes, since the arguments reach FBGEMM under its own names (beta1, not betas).
     kind, arguments = _fused_optimizer(table_optimizer(table.optimizer, world.device), table)
     _apply_optimizer_in_backward(kind, recommender.table.parameters(), arguments)
@@ -171,10 +176,16 @@ def shard(
         device=world.device,
         plan=plan,
         sharders=[sharder(table)],
+        init_data_parallel=False,  # `Stepper` averages the dense gradients
     )
     for weight, row, column in local_shards(model):
         fill_rows(weight, seed, row, column)
+    if world.size == 1 and sharding_type(plan) == "table_wise":
+        (kernel,) = table_kernels(model)
+        recommender.table.serve_alone(kernel)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
+    for one in dense.values():
+        dist.broadcast(one.detach(), src=0)
     optimizers = [("table", model.fused_optimizer)]
     matrices = {name: one for name, one in dense.items() if one.dim() > 1 and "conv" not in name}
     others = {name: one for name, one in dense.items() if name not in matrices}
@@ -233,14 +244,17 @@ def _fused_optimizer(name: str, config: TableConfig) -> tuple[type, dict[str, An
 def _adamw(
     parameters: dict[str, nn.Parameter], config: TrainerConfig, decay: float, device: torch.device
 ) -> KeyedOptimizerWrapper:
+    on_gpu = device.type == "cuda"
+    rate = config.learning_rate
     return KeyedOptimizerWrapper(
         parameters,
         lambda values: torch.optim.AdamW(
             values,
-            lr=config.learning_rate,
+            lr=torch.tensor(rate, device=device) if on_gpu else rate,  # a graph can read a tensor
             betas=(config.beta1, config.beta2),
             weight_decay=decay,
-            fused=device.type == "cuda",
+            fused=on_gpu,
+            capturable=on_gpu,
         ),
     )
 
@@ -266,6 +280,11 @@ def _least_shard(module: Recommender, config: TableConfig, world: World) -> tupl
             return rows, _least_columns(module, world.size)
         case _:
             return -(-rows // world.size), width
+
+
+def sharding_type(plan: ShardingPlan) -> str:
+    """How the plan shards the item table."""
+    return next(how.sharding_type for one in plan.plan.values() for how in one.values())
 
 
 def describe_plan(plan: ShardingPlan, config: TableConfig, world: World) -> list[str]:

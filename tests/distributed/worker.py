@@ -26,11 +26,11 @@ from trainer.checkpoint import RunState, checkpoint_path, load, verify
 from trainer.config import DataConfig, TableConfig, TrainerConfig
 from trainer.distributed import World, process_group, quiet_libraries
 from trainer.evaluate import top_items
-from trainer.loop import Stepper
 from trainer.open_data import open_data
 from trainer.run_folder import require_agreement, require_shared
 from trainer.saver import Saver
 from trainer.sharding import Sharded, plan_table, shard
+from trainer.stepper import Stepper
 from trainer.warm_start import GrownTable
 
 ROWS, WIDTH, TOKENS, NEGATIVES, STEPS = 101, 16, 32, 24, 8
@@ -91,17 +91,15 @@ def skipped(world: World) -> list[bool]:
     """Which of three steps are skipped where the last rank alone has a loss that is no number."""
     sharded = build(world, "row_wise", FullSoftmax(world.rank))
     stepper = Stepper(sharded, replace(TRAIN, nonfinite="skip"), world, seed=1)
-    forward, found = sharded.recommender._core, []
+    forward, found = sharded.recommender.loss_of_rows, []
     for number in range(3):
         if number == 1 and world.rank == world.size - 1:
-            sharded.recommender._core = lambda batch: (
-                lambda *args: forward(batch)(*args) * torch.nan
-            )
+            sharded.recommender.loss_of_rows = lambda *args: forward(*args) * torch.nan
         batch = global_batch(number % 2, world, sampled=False)
         found.append(
             stepper.take(Step(batch, number, 0, 0, False, 0.0, 2 * TOKENS, 25), number).skipped
         )
-        sharded.recommender._core = forward
+        sharded.recommender.loss_of_rows = forward
     return found
 
 

@@ -25,10 +25,10 @@ from trainer.checkpoint import RunState, checkpoint_path, load
 from trainer.config import Config
 from trainer.distributed import World, process_group
 from trainer.evaluate import look_up
-from trainer.loop import Stepper
 from trainer.memory import memory_by_rank
 from trainer.saver import Saver
 from trainer.sharding import Sharded, plan_table, shard
+from trainer.stepper import Stepper
 
 pytestmark = pytest.mark.gpu
 

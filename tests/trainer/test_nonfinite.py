@@ -10,9 +10,9 @@ from data.errors import InputError
 from data.loader import Step
 from modules.losses import FullSoftmax
 from tests.distributed.worker import TOKENS, TRAIN, build, global_batch
-from trainer.loop import Stepper
 from trainer.observe import Observer
 from trainer.sharding import table_kernels
+from trainer.stepper import Stepper
 from trainer.stop import StopRequest
 
 
@@ -38,13 +38,13 @@ def bad_gradient(loss: Tensor) -> Tensor:
 def run(sharded, world, mode: str, fault, steps: int = 4) -> tuple[list, Observer | None]:
     """Steps 0 to `steps`, of which step 2 has the fault."""
     stepper = Stepper(sharded, replace(TRAIN, nonfinite=mode), world, seed=1)
-    forward = sharded.recommender._core
+    forward = sharded.recommender.loss_of_rows
     outcomes = []
     for number in range(steps):
         if number == 2:
-            sharded.recommender._core = lambda batch: lambda *args: fault(forward(batch)(*args))
+            sharded.recommender.loss_of_rows = lambda *args: fault(forward(*args))
         outcomes.append(stepper.take(step_of(number, world), number))
-        sharded.recommender._core = forward
+        sharded.recommender.loss_of_rows = forward
     return outcomes
 
 
@@ -86,8 +86,8 @@ def test_step_with_a_bad_gradient_leaves_all_weights(sharded, one_rank):
     run(sharded, one_rank, "skip", bad_gradient, steps=2)
     before = weights(sharded)
     stepper = Stepper(sharded, replace(TRAIN, nonfinite="skip"), one_rank, seed=1)
-    forward = sharded.recommender._core
-    sharded.recommender._core = lambda batch: lambda *args: bad_gradient(forward(batch)(*args))
+    forward = sharded.recommender.loss_of_rows
+    sharded.recommender.loss_of_rows = lambda *args: bad_gradient(forward(*args))
     assert stepper.take(step_of(2, one_rank), 2).skipped
     for one, value in zip(weights(sharded), before, strict=True):
         assert torch.equal(one, value)

@@ -28,9 +28,9 @@ from tools.benchmarks.measure import Floor
 from trainer import build
 from trainer.checkpoint import RunState
 from trainer.config import Config
-from trainer.loop import Stepper
 from trainer.observe import flops_per_token
 from trainer.sharding import plan_table, shard
+from trainer.stepper import Stepper
 
 
 def run(bench: Bench) -> None:
@@ -60,8 +60,6 @@ def assemble(bench: Bench, config: Config, stack: ExitStack) -> tuple[Stepper, T
     model = build.recommender(config, dataset.table_rows, world)
     looked_up = build.candidate_count(config, dataset.table_rows, world)
     plan = plan_table(model, config.embedding, world, config.data.batch_tokens, looked_up)
-    if build.captures(config, world):
-        model.capture(build.sample_batch(config, drawn).to(world.device))
     sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
     steps = stack.enter_context(build.training_steps(config, dataset, drawn, world, RunState()))
     return Stepper(sharded, config.trainer, world, config.seed), steps

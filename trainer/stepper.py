@@ -1,0 +1,185 @@
+"""One training step: learning rates, lookups, forward, backward and both updates."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.batch import SequenceBatch
+from data.loader import Step
+from trainer.config import TrainerConfig
+from trainer.distributed import World, seed_step
+from trainer.graphs import captured
+from trainer.sharding import Sharded, table_kernels
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did on this rank.
+
+    loss: the sum of its losses, detached. norm: of the dense gradients of all ranks before
+    clipping, where there is clipping. rate: the dense learning rate. skipped: nothing was updated.
+    """
+
+    loss: Tensor
+    norm: Tensor | None
+    rate: float
+    skipped: bool = False
+
+
+class Stepper:
+    """Takes training steps.
+
+    The table stands outside: rows are looked up, what lies behind them gives the gradients to rows
+    and dense parameters, and the table's backward pass updates it. TorchRec averages gradients over
+    ranks, as is done here for the dense ones, so this rank's part of the global mean is weighted by
+    the number of ranks.
+
+    On CUDA, with `trainer.cuda_graphs`, the dense update is a CUDA graph, and so is all between
+    rows and gradients unless the loss communicates; they are captured at the first step.
+    """
+
+    def __init__(self, sharded: Sharded, config: TrainerConfig, world: World, seed: int) -> None:
+        self.sharded, self.config, self.world, self.seed = sharded, config, world, seed
+        optimizers = dict(sharded.optimizer.optimizers)
+        self._table_optimizer = optimizers.pop("table")
+        self._dense_optimizers = list(optimizers.values())
+        self._peaks = [(group, float(group["lr"])) for group in sharded.optimizer.param_groups]
+        # FBGEMM's Adam counts every lookup as an update, those of an evaluation too.
+        self._tables = table_kernels(sharded.model)
+        self._updates = max((int(one.iter) for one in self._tables), default=0)
+        graphs = config.cuda_graphs and world.device.type == "cuda"
+        self._captures_update = graphs
+        self._captures_gradients = graphs and not sharded.recommender.loss.communicates
+        self._replay_gradients: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+        self._replay_update: Callable[[], Tensor | None] | None = None
+
+    def take(self, step: Step, number: int) -> Outcome:
+        """Step `number` of the run, counted from 0."""
+        rate = self._set_rates(number, step.progress)
+        seed_step(self.seed, number, self.world)
+        self._place(step.batch)
+        for table in self._tables:
+            table.iter_cpu.fill_(self._updates)
+        rows = self.sharded.recommender.table(self._batch.features)
+        loss, row_gradients = self._gradients(rows)
+        loss = loss.clone()  # a graph's next replay writes in the same place
+        if self.config.nonfinite == "skip" and not self._finite(loss, row_gradients):
+            return Outcome(torch.zeros_like(loss), None, rate, skipped=True)
+        torch.autograd.backward(rows, row_gradients)
+        self._updates += 1
+        norm = self._update()
+        return Outcome(loss, None if norm is None else norm.clone(), rate)
+
+    def _set_rates(self, number: int, progress: float) -> float:
+        """Set the rates of table and dense parameters, each a share of its own peak; the dense."""
+        share = schedule_share(self.config.schedule, self.config.warmup_steps, number, progress)
+        for group, peak in self._peaks:
+            if isinstance(group["lr"], Tensor):  # which a graph reads
+                group["lr"].fill_(peak * share)
+            else:
+                group["lr"] = peak * share
+        self._table_optimizer.zero_grad()  # hands FBGEMM its rate
+        return self.config.learning_rate * share
+
+    def _place(self, batch: SequenceBatch) -> None:
+        """Bring the batch to the device, once there is a graph into the tensors that it reads."""
+        if self._replay_gradients is None:
+            self._batch = batch.to(self.world.device, non_blocking=True)
+        else:
+            self._batch.overwrite(batch)
+
+    def _gradients(self, rows: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(loss, gradients to the rows); leaves the dense gradients, averaged over ranks."""
+        if self._replay_gradients is None:
+            self._rows = (rows[0].detach().requires_grad_(), rows[1].detach().requires_grad_())
+            if self._captures_gradients:
+                self._replay_gradients = captured(self._differentiate)
+        else:
+            with torch.no_grad():
+                for own, one in zip(self._rows, rows, strict=True):
+                    own.copy_(one)
+        differentiate = self._replay_gradients or self._differentiate
+        loss, dx_TD, dc_CD = differentiate()
+        self._average()
+        return loss, (dx_TD, dc_CD)
+
+    def _differentiate(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(the sum of this rank's losses, gradients to both kinds of rows), and dense gradients."""
+        dense = self.sharded.dense_parameters
+        loss = self.sharded.recommender.loss_of_rows(*self._rows, self._batch)
+        weighted = loss * (self.world.size / self._batch.step_targets)
+        dx_TD, dc_CD, *gradients = torch.autograd.grad(weighted, [*self._rows, *dense])
+        for parameter, gradient in zip(dense, gradients, strict=True):
+            parameter.grad = gradient
+        return loss.detach(), dx_TD, dc_CD
+
+    def _average(self) -> None:
+        """The mean of the dense gradients over ranks, in place: one collective a step."""
+        if self.world.size == 1:
+            return
+        gradients = self._dense_gradients()
+        flat = torch.cat([one.flatten() for one in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world.size
+        parts = flat.split([one.numel() for one in gradients])
+        for one, part in zip(gradients, parts, strict=True):
+            one.copy_(part.view_as(one))
+
+    def _finite(self, loss: Tensor, row_gradients: tuple[Tensor, Tensor]) -> bool:
+        """Whether all is finite on every rank. Collective, and waits for the device."""
+        values = [loss, *row_gradients, *self._dense_gradients()]
+        finite = torch.stack([torch.isfinite(one).all() for one in values]).all().float()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return bool(finite)
+
+    def _dense_gradients(self) -> list[Tensor]:
+        return [one.grad for one in self.sharded.dense_parameters if one.grad is not None]
+
+    def _update(self) -> Tensor | None:
+        """Clip, and move the dense parameters; the norm before clipping."""
+        if self._captures_update and self._replay_update is None:
+            self._replay_update = captured(self._move, self._moved())
+        return (self._replay_update or self._move)()
+
+    def _move(self) -> Tensor | None:
+        norm = None
+        if most := self.config.clip_norm:
+            norm = torch.nn.utils.clip_grad_norm_(self.sharded.dense_parameters, most)
+        for optimizer in self._dense_optimizers:
+            optimizer.step()
+        return norm
+
+    def _moved(self) -> list[Tensor]:
+        """What `_move` changes. AdamW makes its state at its first step: here, if it has none."""
+        parameters, gradients = self.sharded.dense_parameters, self._dense_gradients()
+        kept = [one.detach().clone() for one in (*parameters, *gradients)]
+        fresh = not self._dense_optimizers[0].state
+        if fresh:
+            self._move()
+        values = [one.detach() for one in (*parameters, *gradients)]
+        for one, value in zip(values, kept, strict=True):
+            one.copy_(value)
+        states = [
+            value
+            for optimizer in self._dense_optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+        ]
+        for value in states if fresh else ():
+            value.zero_()
+        return [*values, *states]
+
+
+def schedule_share(schedule: str, warmup_steps: int, step: int, progress: float) -> float:
+    """Share of the peak learning rate: linear warm-up over steps, then constant or a cosine to 0.
+
+    progress: share of the training done, 0 to 1.
+    """
+    warm = min(1.0, (step + 1) / (warmup_steps + 1))
+    if schedule == "cosine":
+        return warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return warm
