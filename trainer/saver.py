@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -234,13 +235,19 @@ def host_copy(value: Any) -> Any:
             requires_grad=False,
         )
         copied.__dict__.update(value.__dict__)
-        copied._local_shards = [
-            Shard(host_copy(one.tensor), one.metadata) for one in value.local_shards()
-        ]
+        copied._local_shards = [_host_shard(one) for one in value.local_shards()]
         return copied
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     return value
+
+
+def _host_shard(shard: Shard) -> Shard:
+    """The shard with its values in host memory, its metadata as they are: a new `Shard` would
+    refuse values that are not on the device of its placement."""
+    copied = copy(shard)
+    copied.tensor = host_copy(shard.tensor)
+    return copied
 
 
 def prune(run_dir: Path, keep: int) -> None:
