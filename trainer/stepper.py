@@ -54,6 +54,7 @@ class Stepper:
         graphs = config.cuda_graphs and world.device.type == "cuda"
         self._captures_update = graphs
         self._captures_gradients = graphs and not sharded.recommender.loss.communicates
+        self._compiled = False
         self._replay_gradients: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
         self._replay_update: Callable[[], Tensor | None] | None = None
 
@@ -96,6 +97,8 @@ class Stepper:
         """(loss, gradients to the rows); leaves the dense gradients, averaged over ranks."""
         if self._replay_gradients is None:
             self._rows = (rows[0].detach().requires_grad_(), rows[1].detach().requires_grad_())
+            if not self._compiled:
+                self._compile()
             if self._captures_gradients:
                 self._replay_gradients = captured(self._differentiate)
         else:
@@ -106,6 +109,13 @@ class Stepper:
         loss, dx_TD, dc_CD = differentiate()
         self._average()
         return loss, (dx_TD, dc_CD)
+
+    def _compile(self) -> None:
+        if self.world.device.type == "cuda":
+            from modules.kernels.compile import compile_ahead  # Triton comes with a GPU
+
+            compile_ahead(self._differentiate)
+        self._compiled = True
 
     def _differentiate(self) -> tuple[Tensor, Tensor, Tensor]:
         """(the sum of this rank's losses, gradients to both kinds of rows), and dense gradients."""
