@@ -178,7 +178,7 @@ class Mamba2Mixer(nn.Module):
         """Convolution and SSD of projected rows, y [T, E], or [S, E] at the tokens `read_S`."""
         dt_TH = F.softplus(at_least_fp32(dt_TH) + self.dt_bias)
         A_H = -torch.exp(self.A_log)
-        xBC = causal_conv(xBC, self.conv_weight, self.conv_bias, offsets_B1, position_T)
+        xBC = causal_conv(xBC, self.conv_weight, self.conv_bias, position_T)
         x_TE, B_TN, C_TN = torch.split(xBC, [self.inner, self.state, self.state], dim=-1)
         x_THP = x_TE.unflatten(-1, (self.heads, self.head))
         if torch.jit.is_scripting():
