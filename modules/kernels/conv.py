@@ -7,7 +7,8 @@ where `position_t` is the token's place in its own sequence: nothing crosses a s
 Bound by bytes: x in and y out, so that no element is read or computed twice. A program is one warp
 that owns some columns and walks a run of tokens in order; the last inputs stay in its registers. A
 group of tokens is loaded before the first of them is used: one warp has to keep many loads under
-way, and a load cannot be moved before an earlier store.
+way, and a load cannot be moved before an earlier store. The places, which decide what a token sees,
+are loaded a group ahead, as are the inputs in the forward pass; backward has no registers for more.
 
 Backward keeps nothing but x. With `dz_t = dy_t σ(z_t) (1 + z_t (1 - σ(z_t)))`,
 
@@ -31,8 +32,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_TAPS = (1, 2, 3, 4)
 REACH = max(KERNEL_TAPS) - 1
 COLUMNS, GROUP = 128, 8
-# Programs (warps) that an H100's 132 multiprocessors hold at once: all start and end together.
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 132 * 24, 132 * 12
+# Programs (warps) that an H100's 132 multiprocessors hold at once, by their 96 and 168 registers a
+# thread: all start and end together.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 132 * 20, 132 * 12
 SHORTEST_RUN = 64  # tokens; what a walk reads twice stays below a tenth
 
 
@@ -53,8 +55,24 @@ def load_row(ptr, token, column_W, tokens, stride: tl.constexpr, E: tl.constexpr
 
 
 @triton.jit
-def load_place(position_ptr, token, tokens):
-    return tl.load(position_ptr + token, mask=token < tokens, other=0).to(tl.int32)
+def load_rows(
+    ptr, start, column_W, tokens, stride: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """`load_row` of GROUP tokens: a tuple, all under way at once."""
+    rows = ()  # type: tuple
+    for i in tl.static_range(GROUP):
+        rows += (load_row(ptr, start + i, column_W, tokens, stride, E),)
+    return rows
+
+
+@triton.jit
+def load_places(position_ptr, start, tokens, GROUP: tl.constexpr):
+    """GROUP tokens' places in their sequences."""
+    places = ()  # type: tuple
+    for i in tl.static_range(GROUP):
+        place = tl.load(position_ptr + start + i, mask=start + i < tokens, other=0)
+        places += (place.to(tl.int32),)
+    return places
 
 
 @triton.jit
@@ -90,28 +108,28 @@ def conv_kernel(
     tap2_W = load_tap(weight_ptr, column_W, 2, E, K)
     tap3_W = load_tap(weight_ptr, column_W, 3, E, K)
     first = tl.program_id(0) * groups * GROUP
+    end = tl.minimum(first + groups * GROUP, tokens)
     x1_W = load_row(x_ptr, first - 1, column_W, tokens, x_stride, E).to(tl.float32)
     x2_W = load_row(x_ptr, first - 2, column_W, tokens, x_stride, E).to(tl.float32)
     x3_W = load_row(x_ptr, first - 3, column_W, tokens, x_stride, E).to(tl.float32)
+    places = load_places(position_ptr, first, end, GROUP)
+    x_rows = load_rows(x_ptr, first, column_W, end, x_stride, E, GROUP)
     for group in range(groups):
         start = first + group * GROUP
-        rows = ()  # type: tuple
+        next_places = load_places(position_ptr, start + GROUP, end, GROUP)
+        next_x_rows = load_rows(x_ptr, start + GROUP, column_W, end, x_stride, E, GROUP)
         for i in tl.static_range(GROUP):
-            x_W = load_row(x_ptr, start + i, column_W, tokens, x_stride, E)
-            place = load_place(position_ptr, start + i, tokens)
-            rows += ((x_W, place),)
-        for i in tl.static_range(GROUP):
-            x_W, place = rows[i]
-            x_W = x_W.to(tl.float32)
+            x_W, place = x_rows[i].to(tl.float32), places[i]
             z_W = bias_W + tap0_W * x_W
             z_W += tap1_W * reaching(x1_W, place, 1, K)
             z_W += tap2_W * reaching(x2_W, place, 2, K)
             z_W += tap3_W * reaching(x3_W, place, 3, K)
             y_W = z_W * sigmoid(z_W)
             y_ptrs = y_ptr + (start + i).to(tl.int64) * y_stride + column_W
-            mask_W = (column_W < E) & (start + i < tokens)
+            mask_W = (column_W < E) & (start + i < end)
             tl.store(y_ptrs, y_W.to(y_ptr.dtype.element_ty), mask=mask_W)
             x3_W, x2_W, x1_W = x2_W, x1_W, x_W
+        places, x_rows = next_places, next_x_rows
 
 
 @triton.jit(do_not_specialize=["tokens", "groups"])
@@ -144,23 +162,20 @@ def conv_gradient_kernel(
     dtap1_W = tl.zeros([W], tl.float32)
     dtap2_W = tl.zeros([W], tl.float32)
     dtap3_W = tl.zeros([W], tl.float32)
+    places = load_places(position_ptr, first, tokens, GROUP)
     for group in range(groups):
         start = first + group * GROUP
-        rows = ()  # type: tuple
+        next_places = load_places(position_ptr, start + GROUP, tokens, GROUP)
+        x_rows = load_rows(x_ptr, start, column_W, tokens, x_stride, E, GROUP)
+        dy_rows = load_rows(dy_ptr, start, column_W, tokens, dy_stride, E, GROUP)
         for i in tl.static_range(GROUP):
-            x_W = load_row(x_ptr, start + i, column_W, tokens, x_stride, E)
-            dy_W = load_row(dy_ptr, start + i, column_W, tokens, dy_stride, E)
-            place = load_place(position_ptr, start + i, tokens)
-            rows += ((x_W, dy_W, place),)
-        for i in tl.static_range(GROUP):
-            x_W, dy_W, place = rows[i]
-            x_W = x_W.to(tl.float32)
+            x_W, place = x_rows[i].to(tl.float32), places[i]
             seen1_W = reaching(x1_W, place, 1, K)
             seen2_W = reaching(x2_W, place, 2, K)
             seen3_W = reaching(x3_W, place, 3, K)
             z_W = bias_W + tap0_W * x_W + tap1_W * seen1_W + tap2_W * seen2_W + tap3_W * seen3_W
             gate_W = sigmoid(z_W)
-            dz_W = dy_W.to(tl.float32) * gate_W * (1 + z_W * (1 - gate_W))
+            dz_W = dy_rows[i].to(tl.float32) * gate_W * (1 + z_W * (1 - gate_W))
 
             dx3_W += tap3_W * reaching(dz_W, place, 3, K)  # complete
             done = start + i - 3
@@ -181,6 +196,7 @@ def conv_gradient_kernel(
             dtap2_W += dz_W * seen2_W
             dtap3_W += dz_W * seen3_W
             x3_W, x2_W, x1_W = x2_W, x1_W, x_W
+        places = next_places
     tl.store(dbias_ptr + tl.program_id(0) * E + column_W, dbias_W, mask=inside_W)
     dweight_ptrs = dweight_ptr + tl.program_id(0) * (E * K) + column_W * K + (K - 1)
     tl.store(dweight_ptrs, dtap0_W, mask=inside_W)
