@@ -1,7 +1,8 @@
 """The SSD encoders: packed item embeddings in, hidden states at the read positions out.
 
 Legend: T packed tokens, B sequences, S read positions, D model width, E = expand * D inner width,
-H heads of P = E / H channels, N state size, K convolution width, M = E + 2N columns convolved.
+H heads of P = E / H channels, N state size, K convolution width, M = E + 2N columns convolved,
+F = E + M + H columns of in_proj.
 
 The bidirectional encoder is the paper's (arXiv 2409.01192); it trains on prefixes, one target each.
 The causal one is the same with the forward direction alone: every position predicts its next item
@@ -85,13 +86,36 @@ class Mamba2Mixer(nn.Module):
         exist at those rows only.
         """
         if read_S is None:
-            z_TE, xBC, dt_TH = self._project(u_TD)
-            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
-        else:
-            z_TE = self._project_gate(u_TD, read_S)
-            xBC, dt_TH = self._project_scan(u_TD)
-            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
-        return self.out_proj(gated_norm(y_TE, z_TE, self.norm_weight, self.gated_norm_eps))
+            return self.out_proj(self.core(self.in_proj(u_TD), offsets_B1, position_T))
+        z_SE = self._project_gate(u_TD, read_S)
+        xBC, dt_TH = self._project_scan(u_TD)
+        y_SE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
+        return self.out_proj(gated_norm(y_SE, z_SE, self.norm_weight, self.gated_norm_eps))
+
+    def core(self, proj_TF: Tensor, offsets_B1: Tensor, position_T: Tensor) -> Tensor:
+        """One direction between the projections, [T, E]; on CUDA one node of autograd."""
+        if not torch.jit.is_scripting() and proj_TF.is_cuda:
+            return self._core_cuda(proj_TF, offsets_B1, position_T)
+        z_TE, xBC, dt_TH = self._split(proj_TF)
+        y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
+        return gated_norm(y_TE, z_TE, self.norm_weight, self.gated_norm_eps)
+
+    @torch.jit.unused
+    def _core_cuda(self, proj_TF: Tensor, offsets_B1: Tensor, position_T: Tensor) -> Tensor:
+        from modules.kernels.mixer import mixer_core_triton  # Triton is there only with a GPU
+
+        return mixer_core_triton(
+            proj_TF,
+            self.conv_weight,
+            self.conv_bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm_weight,
+            offsets_B1,
+            position_T,
+            self.gated_norm_eps,
+        )
 
     def both(
         self,
@@ -153,8 +177,11 @@ class Mamba2Mixer(nn.Module):
 
     def _project(self, u_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, xBC and dt, before convolution and softplus."""
+        return self._split(self.in_proj(u_TD))
+
+    def _split(self, proj_TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sizes = [self.inner, self.inner + 2 * self.state, self.heads]
-        z_TE, xBC, dt_TH = torch.split(self.in_proj(u_TD), sizes, dim=-1)
+        z_TE, xBC, dt_TH = torch.split(proj_TF, sizes, dim=-1)
         return z_TE, xBC, dt_TH
 
     def _project_scan(self, u_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +205,7 @@ class Mamba2Mixer(nn.Module):
         """Convolution and SSD of projected rows, y [T, E], or [S, E] at the tokens `read_S`."""
         dt_TH = F.softplus(at_least_fp32(dt_TH) + self.dt_bias)
         A_H = -torch.exp(self.A_log)
-        xBC = causal_conv(xBC, self.conv_weight, self.conv_bias, offsets_B1, position_T)
+        xBC = causal_conv(xBC, self.conv_weight, self.conv_bias, position_T)
         x_TE, B_TN, C_TN = torch.split(xBC, [self.inner, self.state, self.state], dim=-1)
         x_THP = x_TE.unflatten(-1, (self.heads, self.head))
         if torch.jit.is_scripting():

@@ -158,19 +158,17 @@ def ssd(
     return y_THP if read_S is None else y_THP.index_select(0, read_S)
 
 
-def causal_conv(
-    x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, offsets_B1: Tensor, position_T: Tensor
-) -> Tensor:
+def causal_conv(x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor) -> Tensor:
     """`causal_conv_reference` on CPU and in TorchScript; on CUDA the same in one Triton kernel."""
     if torch.jit.is_scripting() or not x_TE.is_cuda:
         return causal_conv_reference(x_TE, weight_EK, bias_E, position_T)
-    return _causal_conv_cuda(x_TE, weight_EK, bias_E, offsets_B1)
+    return _causal_conv_cuda(x_TE, weight_EK, bias_E, position_T)
 
 
 @torch.jit.unused
 def _causal_conv_cuda(
-    x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, offsets_B1: Tensor
+    x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor
 ) -> Tensor:
     from modules.kernels.conv import causal_conv_triton
 
-    return causal_conv_triton(x_TE, weight_EK, bias_E, offsets_B1)
+    return causal_conv_triton(x_TE, weight_EK, bias_E, position_T)

@@ -1,17 +1,26 @@
 """Depthwise causal convolution + SiLU over packed histories, one pass forward, one backward.
 
-  `z_t = bias + Σ_{d<K} weight[K-1-d] x_{t-d} [t-d lies in t's sequence]`,  `y_t = z_t σ(z_t)`.
+  `z_t = bias + Σ_{d<K} weight[K-1-d] x_{t-d} [d ≤ position_t]`,  `y_t = z_t σ(z_t)`,
 
-Bound by bytes: x in and y out. The K shifted reads of a tile come from the cache. A flag at every
-sequence start says how far back a token may look; it is set on the device, so nothing waits for
-the GPU. Padding behind the last sequence counts as a sequence of its own.
+where `position_t` is the token's place in its own sequence: nothing crosses a sequence start.
 
-Backward keeps nothing but x: `dz_t = dy_t σ(z_t) (1 + z_t (1 - σ(z_t)))` is made anew for the K
-tokens that `dx_t = Σ_d weight[K-1-d] dz_{t+d} [same sequence]` needs. That is K times the
-arithmetic, which is free here, instead of one more tensor written and read. Weight and bias
-gradients leave as one partial sum for each run of tokens: no atomics, the same bits every time.
+Bound by bytes: x in and y out, so that no element is read or computed twice. A program is one warp
+that owns some columns and walks a run of tokens in order; the last inputs stay in its registers. A
+group of tokens is loaded before the first of them is used: one warp has to keep many loads under
+way, and a load cannot be moved before an earlier store. The places, which decide what a token sees,
+are loaded a group ahead, as are the inputs in the forward pass; backward has no registers for more.
 
-Shape suffixes: T tokens, E channels, K taps, R rows of a tile, W columns of a tile.
+Backward keeps nothing but x. With `dz_t = dy_t σ(z_t) (1 + z_t (1 - σ(z_t)))`,
+
+  `dx_t = Σ_{d<K} weight[K-1-d] dz_{t+d} [d ≤ position_{t+d}]`,
+
+so the walk carries the sums of the last tokens too, and ends REACH tokens behind its run. Weight
+and bias gradients leave as one partial sum a run: no atomics, the same bits every time.
+
+The kernels always have 4 taps; the ones beyond K read zeros. Strides are compile-time constants:
+otherwise one that is no multiple of 16, as that of in_proj's output, would cost the wide loads.
+
+Shape suffixes: T tokens, E channels, K taps, W columns of a program, R runs.
 """
 
 import torch
@@ -21,134 +30,191 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_TAPS = (1, 2, 3, 4)
-ROWS, COLUMNS, ROWS_A_PROGRAM = 8, 128, 256
+REACH = max(KERNEL_TAPS) - 1
+COLUMNS, GROUP = 128, 8
+# Programs (warps) that an H100's 132 multiprocessors hold at once, by their 96 and 168 registers a
+# thread: all start and end together.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 132 * 20, 132 * 12
+SHORTEST_RUN = 64  # tokens; what a walk reads twice stays below a tenth
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def reach_kernel(flag_ptr, reach_ptr, tokens, K: tl.constexpr, BLOCK: tl.constexpr):
-    """How many tokens back a token may look, at most K - 1, from the flags of sequence starts."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    reach = tl.zeros([BLOCK], tl.int32)
-    open_ = row < tokens
-    for back in tl.static_range(K - 1):
-        flag = tl.load(flag_ptr + row - back, mask=open_ & (row >= back), other=1)
-        open_ = open_ & (flag == 0)
-        reach += open_.to(tl.int32)
-    tl.store(reach_ptr + row, reach.to(tl.uint8), mask=row < tokens)
+@triton.jit
+def load_tap(weight_ptr, column_W, BACK: tl.constexpr, E: tl.constexpr, K: tl.constexpr):
+    """The weights of the input BACK tokens ago, fp32, 0 where there is no such tap."""
+    mask_W = (column_W < E) & (BACK < K)
+    return tl.load(weight_ptr + column_W * K + (K - 1 - BACK), mask=mask_W, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def load_row(ptr, token, column_W, tokens, stride: tl.constexpr, E: tl.constexpr):
+    """One token's columns, 0 outside the batch."""
+    mask_W = (column_W < E) & (token >= 0) & (token < tokens)
+    return tl.load(ptr + token.to(tl.int64) * stride + column_W, mask=mask_W, other=0.0)
 
 
 @triton.jit
 def load_rows(
-    ptr, row_R, column_W, tokens, stride, SHIFT: tl.constexpr, E: tl.constexpr
+    ptr, start, column_W, tokens, stride: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """Rows `row + SHIFT` in fp32, 0 outside the batch."""
-    at_R = row_R + SHIFT
-    mask_RW = ((at_R >= 0) & (at_R < tokens))[:, None] & (column_W < E)[None, :]
-    pointers = ptr + at_R.to(tl.int64)[:, None] * stride + column_W[None, :]
-    return tl.load(pointers, mask=mask_RW, other=0.0).to(tl.float32)
+    """`load_row` of GROUP tokens: a tuple, all under way at once."""
+    rows = ()  # type: tuple
+    for i in tl.static_range(GROUP):
+        rows += (load_row(ptr, start + i, column_W, tokens, stride, E),)
+    return rows
 
 
 @triton.jit
-def preactivation(
-    x_ptr, weight_ptr, bias_W, row_R, reach_R, column_W, tokens, x_stride, SHIFT: tl.constexpr,
-    E: tl.constexpr, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """z of the rows `row + SHIFT`, which may look back `reach`."""
-    z_RW = tl.zeros([R, W], tl.float32) + bias_W[None, :]
-    for distance in tl.static_range(K):
-        tap_ptrs = weight_ptr + column_W * K + (K - 1 - distance)
-        tap_W = tl.load(tap_ptrs, mask=column_W < E, other=0.0).to(tl.float32)
-        x_RW = load_rows(x_ptr, row_R, column_W, tokens, x_stride, SHIFT - distance, E)
-        z_RW += tap_W[None, :] * tl.where((reach_R >= distance)[:, None], x_RW, 0.0)
-    return z_RW
+def load_places(position_ptr, start, tokens, GROUP: tl.constexpr):
+    """GROUP tokens' places in their sequences."""
+    places = ()  # type: tuple
+    for i in tl.static_range(GROUP):
+        place = tl.load(position_ptr + start + i, mask=start + i < tokens, other=0)
+        places += (place.to(tl.int32),)
+    return places
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
+def reaching(x_W, place, BACK: tl.constexpr, K: tl.constexpr):
+    """x where a token at `place` of its sequence reaches BACK tokens back, else 0, be x NaN.
+
+    The sign of BACK - 1 - place as a mask: a select would move its predicate for every column.
+    """
+    if BACK >= K:
+        return tl.zeros_like(x_W)
+    mask = (BACK - 1 - place) >> 31
+    return (x_W.to(tl.int32, bitcast=True) & mask).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sigmoid(z_W):
+    """1 / (1 + exp(-z)) within 3e-7, of the two instructions that need no care for subnormals."""
+    root_W = tl.rsqrt(1 + tl.exp2(z_W * -1.4426950408889634))
+    return root_W * root_W
+
+
+@triton.jit(do_not_specialize=["tokens", "groups"])
 def conv_kernel(
-    x_ptr, weight_ptr, bias_ptr, reach_ptr, y_ptr, tokens, x_stride, E: tl.constexpr,
-    K: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, position_ptr, y_ptr, tokens, groups, x_stride: tl.constexpr,
+    y_stride: tl.constexpr, E: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y of a tile of R tokens and W channels."""
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
+    """y of `groups` times GROUP tokens and W channels."""
     column_W = tl.program_id(1) * W + tl.arange(0, W)
     bias_W = tl.load(bias_ptr + column_W, mask=column_W < E, other=0.0).to(tl.float32)
-    reach_R = tl.load(reach_ptr + row_R, mask=row_R < tokens, other=0)
-    z_RW = preactivation(
-        x_ptr, weight_ptr, bias_W, row_R, reach_R, column_W, tokens, x_stride, 0, E, K, R, W
-    )
-    y_RW = z_RW * tl.sigmoid(z_RW)
-    mask_RW = (row_R < tokens)[:, None] & (column_W < E)[None, :]
-    y_ptrs = y_ptr + row_R.to(tl.int64)[:, None] * E + column_W[None, :]
-    tl.store(y_ptrs, y_RW.to(y_ptr.dtype.element_ty), mask=mask_RW)
+    tap0_W = load_tap(weight_ptr, column_W, 0, E, K)
+    tap1_W = load_tap(weight_ptr, column_W, 1, E, K)
+    tap2_W = load_tap(weight_ptr, column_W, 2, E, K)
+    tap3_W = load_tap(weight_ptr, column_W, 3, E, K)
+    first = tl.program_id(0) * groups * GROUP
+    end = tl.minimum(first + groups * GROUP, tokens)
+    x1_W = load_row(x_ptr, first - 1, column_W, tokens, x_stride, E).to(tl.float32)
+    x2_W = load_row(x_ptr, first - 2, column_W, tokens, x_stride, E).to(tl.float32)
+    x3_W = load_row(x_ptr, first - 3, column_W, tokens, x_stride, E).to(tl.float32)
+    places = load_places(position_ptr, first, end, GROUP)
+    x_rows = load_rows(x_ptr, first, column_W, end, x_stride, E, GROUP)
+    for group in range(groups):
+        start = first + group * GROUP
+        next_places = load_places(position_ptr, start + GROUP, end, GROUP)
+        next_x_rows = load_rows(x_ptr, start + GROUP, column_W, end, x_stride, E, GROUP)
+        for i in tl.static_range(GROUP):
+            x_W, place = x_rows[i].to(tl.float32), places[i]
+            z_W = bias_W + tap0_W * x_W
+            z_W += tap1_W * reaching(x1_W, place, 1, K)
+            z_W += tap2_W * reaching(x2_W, place, 2, K)
+            z_W += tap3_W * reaching(x3_W, place, 3, K)
+            y_W = z_W * sigmoid(z_W)
+            y_ptrs = y_ptr + (start + i).to(tl.int64) * y_stride + column_W
+            mask_W = (column_W < E) & (start + i < end)
+            tl.store(y_ptrs, y_W.to(y_ptr.dtype.element_ty), mask=mask_W)
+            x3_W, x2_W, x1_W = x2_W, x1_W, x_W
+        places, x_rows = next_places, next_x_rows
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "groups"])
 def conv_gradient_kernel(
-    x_ptr, weight_ptr, bias_ptr, reach_ptr, dy_ptr, dx_ptr, partial_ptr, tokens, x_stride,
-    dy_stride, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    ROWS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, position_ptr, dy_ptr, dx_ptr, dweight_ptr, dbias_ptr, tokens,
+    groups, x_stride: tl.constexpr, dy_stride: tl.constexpr, dx_stride: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dx of ROWS tokens; their share of the K tap gradients and the bias gradient, [K + 1, E].
+    """dx of a run, and its share of the gradients of weight [E, K] and bias [E].
 
-    A lane sums its own rows' shares in registers; lanes meet once, at the end.
+    The walk is `groups` times GROUP tokens long; the last three belong to the next run.
     """
     column_W = tl.program_id(1) * W + tl.arange(0, W)
     inside_W = column_W < E
     bias_W = tl.load(bias_ptr + column_W, mask=inside_W, other=0.0).to(tl.float32)
-    dbias_RW = tl.zeros([R, W], tl.float32)
-    back0_RW = tl.zeros([R, W], tl.float32)  # of the tap that looks 0 tokens back, then 1, 2, 3
-    back1_RW = tl.zeros([R, W], tl.float32)
-    back2_RW = tl.zeros([R, W], tl.float32)
-    back3_RW = tl.zeros([R, W], tl.float32)
-    for tile in range(0, ROWS // R):
-        row_R = tl.program_id(0) * ROWS + tile * R + tl.arange(0, R)
-        dx_RW = tl.zeros([R, W], tl.float32)
-        for ahead in tl.static_range(K):
-            later_R = row_R + ahead
-            reach_R = tl.load(reach_ptr + later_R, mask=later_R < tokens, other=0)
-            z_RW = preactivation(
-                x_ptr, weight_ptr, bias_W, row_R, reach_R, column_W, tokens, x_stride, ahead, E, K,
-                R, W,
-            )  # fmt: skip
-            dy_RW = load_rows(dy_ptr, row_R, column_W, tokens, dy_stride, ahead, E)
-            gate_RW = tl.sigmoid(z_RW)
-            dz_RW = dy_RW * gate_RW * (1 + z_RW * (1 - gate_RW))
-            tap_ptrs = weight_ptr + column_W * K + (K - 1 - ahead)
-            tap_W = tl.load(tap_ptrs, mask=inside_W, other=0.0).to(tl.float32)
-            dx_RW += tl.where((reach_R >= ahead)[:, None], tap_W[None, :] * dz_RW, 0.0)
-            if ahead == 0:
-                dbias_RW += dz_RW
-                for distance in tl.static_range(K):
-                    x_RW = load_rows(x_ptr, row_R, column_W, tokens, x_stride, -distance, E)
-                    share_RW = tl.where((reach_R >= distance)[:, None], dz_RW * x_RW, 0.0)
-                    if distance == 0:
-                        back0_RW += share_RW
-                    elif distance == 1:
-                        back1_RW += share_RW
-                    elif distance == 2:
-                        back2_RW += share_RW
-                    else:
-                        back3_RW += share_RW
-        mask_RW = (row_R < tokens)[:, None] & inside_W[None, :]
-        dx_ptrs = dx_ptr + row_R.to(tl.int64)[:, None] * E + column_W[None, :]
-        tl.store(dx_ptrs, dx_RW.to(dx_ptr.dtype.element_ty), mask=mask_RW)
-    partial_ptrs = partial_ptr + tl.program_id(0) * (K + 1) * E + column_W
-    tl.store(partial_ptrs + K * E, tl.sum(dbias_RW, 0), mask=inside_W)
-    tl.store(partial_ptrs + (K - 1) * E, tl.sum(back0_RW, 0), mask=inside_W)
+    tap0_W = load_tap(weight_ptr, column_W, 0, E, K)
+    tap1_W = load_tap(weight_ptr, column_W, 1, E, K)
+    tap2_W = load_tap(weight_ptr, column_W, 2, E, K)
+    tap3_W = load_tap(weight_ptr, column_W, 3, E, K)
+    run = groups * GROUP - 3
+    first = tl.program_id(0) * run
+    x1_W = load_row(x_ptr, first - 1, column_W, tokens, x_stride, E).to(tl.float32)
+    x2_W = load_row(x_ptr, first - 2, column_W, tokens, x_stride, E).to(tl.float32)
+    x3_W = load_row(x_ptr, first - 3, column_W, tokens, x_stride, E).to(tl.float32)
+    dx1_W = tl.zeros([W], tl.float32)  # what is summed up so far for 1, 2, 3 tokens ago
+    dx2_W = tl.zeros([W], tl.float32)
+    dx3_W = tl.zeros([W], tl.float32)
+    dbias_W = tl.zeros([W], tl.float32)
+    dtap0_W = tl.zeros([W], tl.float32)
+    dtap1_W = tl.zeros([W], tl.float32)
+    dtap2_W = tl.zeros([W], tl.float32)
+    dtap3_W = tl.zeros([W], tl.float32)
+    places = load_places(position_ptr, first, tokens, GROUP)
+    for group in range(groups):
+        start = first + group * GROUP
+        next_places = load_places(position_ptr, start + GROUP, tokens, GROUP)
+        x_rows = load_rows(x_ptr, start, column_W, tokens, x_stride, E, GROUP)
+        dy_rows = load_rows(dy_ptr, start, column_W, tokens, dy_stride, E, GROUP)
+        for i in tl.static_range(GROUP):
+            x_W, place = x_rows[i].to(tl.float32), places[i]
+            seen1_W = reaching(x1_W, place, 1, K)
+            seen2_W = reaching(x2_W, place, 2, K)
+            seen3_W = reaching(x3_W, place, 3, K)
+            z_W = bias_W + tap0_W * x_W + tap1_W * seen1_W + tap2_W * seen2_W + tap3_W * seen3_W
+            gate_W = sigmoid(z_W)
+            dz_W = dy_rows[i].to(tl.float32) * gate_W * (1 + z_W * (1 - gate_W))
+
+            dx3_W += tap3_W * reaching(dz_W, place, 3, K)  # complete
+            done = start + i - 3
+            dx_ptrs = dx_ptr + done.to(tl.int64) * dx_stride + column_W
+            mask_W = inside_W & (done < tokens)
+            if i < 3:
+                mask_W = mask_W & (group > 0)
+            tl.store(dx_ptrs, dx3_W.to(dx_ptr.dtype.element_ty), mask=mask_W)
+            dx3_W = dx2_W + tap2_W * reaching(dz_W, place, 2, K)
+            dx2_W = dx1_W + tap1_W * reaching(dz_W, place, 1, K)
+            dx1_W = tap0_W * dz_W
+
+            if i >= GROUP - 3:
+                dz_W = tl.where(group < groups - 1, dz_W, 0.0)
+            dbias_W += dz_W
+            dtap0_W += dz_W * x_W
+            dtap1_W += dz_W * seen1_W
+            dtap2_W += dz_W * seen2_W
+            dtap3_W += dz_W * seen3_W
+            x3_W, x2_W, x1_W = x2_W, x1_W, x_W
+        places = next_places
+    tl.store(dbias_ptr + tl.program_id(0) * E + column_W, dbias_W, mask=inside_W)
+    dweight_ptrs = dweight_ptr + tl.program_id(0) * (E * K) + column_W * K + (K - 1)
+    tl.store(dweight_ptrs, dtap0_W, mask=inside_W)
     if K > 1:
-        tl.store(partial_ptrs + (K - 2) * E, tl.sum(back1_RW, 0), mask=inside_W)
+        tl.store(dweight_ptrs - 1, dtap1_W, mask=inside_W)
     if K > 2:
-        tl.store(partial_ptrs + (K - 3) * E, tl.sum(back2_RW, 0), mask=inside_W)
+        tl.store(dweight_ptrs - 2, dtap2_W, mask=inside_W)
     if K > 3:
-        tl.store(partial_ptrs + (K - 4) * E, tl.sum(back3_RW, 0), mask=inside_W)
+        tl.store(dweight_ptrs - 3, dtap3_W, mask=inside_W)
 
 
-def reaches(offsets_B1: Tensor, tokens: int, K: int) -> Tensor:
-    """How many tokens back each token may look: its place in its sequence, at most K - 1."""
-    flag_T1 = offsets_B1.new_zeros(tokens + 1, dtype=torch.uint8).index_fill_(0, offsets_B1, 1)
-    reach_T = flag_T1.new_empty(tokens)
-    reach_kernel[(triton.cdiv(tokens, 1024),)](flag_T1, reach_T, tokens, K, 1024)
-    return reach_T
+def groups_of_walk(tokens: int, E: int, programs: int, behind: int) -> int:
+    """Groups that a program walks when at most `programs` share the work, no run too short.
+
+    A walk goes on for `behind` tokens after its run.
+    """
+    runs = max(programs // triton.cdiv(E, COLUMNS), 1)
+    return triton.cdiv(max(triton.cdiv(tokens, runs), SHORTEST_RUN) + behind, GROUP)
 
 
 def unit_columns(x_TE: Tensor) -> Tensor:
@@ -157,47 +223,56 @@ def unit_columns(x_TE: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("ssd4rec::causal_conv", mutates_args=())
-def causal_conv_op(x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, offsets_B1: Tensor) -> Tensor:
+def causal_conv_op(x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor) -> Tensor:
     (T, E), K = x_TE.shape, weight_EK.shape[1]
     x_TE, weight_EK, bias_E = unit_columns(x_TE), weight_EK.contiguous(), bias_E.contiguous()
     y_TE = torch.empty(T, E, dtype=x_TE.dtype, device=x_TE.device)
+    groups = groups_of_walk(T, E, FORWARD_PROGRAMS, 0)
     if T:
-        conv_kernel[(triton.cdiv(T, ROWS), triton.cdiv(E, COLUMNS))](
-            x_TE, weight_EK, bias_E, reaches(offsets_B1, T, K), y_TE, T, x_TE.stride(0), E, K,
-            ROWS, COLUMNS, num_warps=4,
+        conv_kernel[(triton.cdiv(T, groups * GROUP), triton.cdiv(E, COLUMNS))](
+            x_TE, weight_EK, bias_E, position_T, y_TE, T, groups, x_TE.stride(0), E, E, K, COLUMNS,
+            GROUP, num_warps=1,
         )  # fmt: skip
     return y_TE
 
 
 @causal_conv_op.register_fake
-def _(x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, offsets_B1: Tensor) -> Tensor:
+def _(x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor) -> Tensor:
     return torch.empty(x_TE.shape, dtype=x_TE.dtype, device=x_TE.device)
+
+
+def conv_gradients(
+    dy_TE: Tensor, x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor,
+    dx_TE: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes dx, whose rows may be slices of wider ones, and returns dweight and dbias."""
+    (T, E), K = x_TE.shape, weight_EK.shape[1]
+    x_TE, dy_TE = unit_columns(x_TE), unit_columns(dy_TE)
+    weight_EK, bias_E = weight_EK.contiguous(), bias_E.contiguous()
+    groups = groups_of_walk(T, E, BACKWARD_PROGRAMS, REACH)
+    runs = triton.cdiv(T, groups * GROUP - REACH)
+    dweight_REK = x_TE.new_empty(runs, E, K, dtype=torch.float32)
+    dbias_RE = x_TE.new_empty(runs, E, dtype=torch.float32)
+    if T:
+        conv_gradient_kernel[(runs, triton.cdiv(E, COLUMNS))](
+            x_TE, weight_EK, bias_E, position_T, dy_TE, dx_TE, dweight_REK, dbias_RE, T, groups,
+            x_TE.stride(0), dy_TE.stride(0), dx_TE.stride(0), E, K, COLUMNS, GROUP, num_warps=1,
+        )  # fmt: skip
+    return dweight_REK.sum(0).to(weight_EK.dtype), dbias_RE.sum(0).to(bias_E.dtype)
 
 
 @torch.library.custom_op("ssd4rec::causal_conv_backward", mutates_args=())
 def causal_conv_backward_op(
-    dy_TE: Tensor, x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, offsets_B1: Tensor
+    dy_TE: Tensor, x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to x, weight and bias."""
-    (T, E), K = x_TE.shape, weight_EK.shape[1]
-    x_TE, dy_TE = unit_columns(x_TE), unit_columns(dy_TE)
-    weight_EK, bias_E = weight_EK.contiguous(), bias_E.contiguous()
-    dx_TE = torch.empty(T, E, dtype=x_TE.dtype, device=x_TE.device)
-    runs = triton.cdiv(T, ROWS_A_PROGRAM)
-    partial_RKE = x_TE.new_empty(runs, K + 1, E, dtype=torch.float32)
-    if T:
-        conv_gradient_kernel[(runs, triton.cdiv(E, COLUMNS))](
-            x_TE, weight_EK, bias_E, reaches(offsets_B1, T, K), dy_TE, dx_TE, partial_RKE, T,
-            x_TE.stride(0), dy_TE.stride(0), E, K, ROWS, COLUMNS, ROWS_A_PROGRAM, num_warps=4,
-        )  # fmt: skip
-    total_KE = partial_RKE.sum(0)
-    dweight_EK = total_KE[:K].T.contiguous().to(weight_EK.dtype)
-    return dx_TE, dweight_EK, total_KE[K].to(bias_E.dtype, copy=True)
+    dx_TE = torch.empty(x_TE.shape, dtype=x_TE.dtype, device=x_TE.device)
+    return dx_TE, *conv_gradients(dy_TE, x_TE, weight_EK, bias_E, position_T, dx_TE)
 
 
 @causal_conv_backward_op.register_fake
 def _(
-    dy_TE: Tensor, x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, offsets_B1: Tensor
+    dy_TE: Tensor, x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx_TE, dweight_EK, dbias_E = (
         torch.empty(like.shape, dtype=like.dtype, device=like.device)
@@ -218,28 +293,30 @@ causal_conv_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def causal_conv_triton(
-    x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, offsets_B1: Tensor
+    x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor
 ) -> Tensor:
     """SiLU(conv(x)) that never crosses a sequence start, in the dtype of x.
 
     Args:
         x_TE: bf16, fp16 or fp32; columns adjacent, any stride between tokens.
         weight_EK, bias_E: any float dtype; sums are fp32. The last tap meets the token itself.
-        offsets_B1: int64 sequence starts and the end of the last; padding may follow.
+        position_T: int64, each token's place in its own sequence (`modules.encoder.positions`).
 
     Raises:
         ValueError: shapes that do not fit, or taps or a dtype that the kernel does not have.
     """
-    E, K = x_TE.shape[1], weight_EK.shape[1]
+    (T, E), K = x_TE.shape, weight_EK.shape[1]
     if K not in KERNEL_TAPS:
         raise ValueError(f"a convolution of {K} taps has no kernel, only {KERNEL_TAPS}")
-    if x_TE.dtype not in DTYPES or offsets_B1.dtype != torch.int64:
+    if x_TE.dtype not in DTYPES or position_T.dtype != torch.int64:
         raise ValueError(
-            f"x must be one of {DTYPES}, offsets int64: {x_TE.dtype}, {offsets_B1.dtype}"
+            f"x must be one of {DTYPES}, positions int64: {x_TE.dtype}, {position_T.dtype}"
         )
+    if position_T.shape != (T,) or not position_T.is_contiguous():
+        raise ValueError(f"{T} tokens need as many positions, not {tuple(position_T.shape)}")
     if weight_EK.shape[0] != E or bias_E.shape != (E,):
         raise ValueError(
             f"{E} channels need weight [{E}, K] and bias [{E}], "
             f"not {tuple(weight_EK.shape)} and {tuple(bias_E.shape)}"
         )
-    return causal_conv_op(x_TE, weight_EK, bias_E, offsets_B1)
+    return causal_conv_op(x_TE, weight_EK, bias_E, position_T)

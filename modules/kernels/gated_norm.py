@@ -84,8 +84,8 @@ def gated_norm_kernel(
 @triton.jit(do_not_specialize=["rows", "steps"])
 def gated_norm_backward_kernel(
     dout_ptr, y_ptr, z_ptr, w_ptr, r_ptr, mirror_ptr, dy_ptr, dz_ptr, dr_ptr, dw_ptr, rows, steps,
-    beta, eps, z_stride: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_R: tl.constexpr, BOTH: tl.constexpr, RESTORE: tl.constexpr,
+    beta, eps, z_stride: tl.constexpr, dz_stride: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BOTH: tl.constexpr, RESTORE: tl.constexpr,
 ):  # fmt: skip
     """Program p takes the tiles p, p + programs, … of z's rows."""
     e_E = tl.arange(0, BLOCK_E)
@@ -114,7 +114,8 @@ def gated_norm_backward_kernel(
             tl.store(dr_ptrs, dr_RE.to(dr_ptr.dtype.element_ty), mask=mask_RE)
             dz_RE += dz_too_RE
             dw_RE += dw_terms_RE
-        tl.store(dz_ptr + own_RE, dz_RE.to(dz_ptr.dtype.element_ty), mask=mask_RE)
+        dz_ptrs = dz_ptr + t_R.to(tl.int64)[:, None] * dz_stride + e_E[None, :]
+        tl.store(dz_ptrs, dz_RE.to(dz_ptr.dtype.element_ty), mask=mask_RE)
     dw_E = tl.sum(dw_RE, 0)
     tl.store(dw_ptr + tl.program_id(0) * E + e_E, dw_E, mask=e_E < E)
 
@@ -150,32 +151,44 @@ def _(
     return y_TE.new_empty(y_TE.shape)
 
 
-@torch.library.custom_op("ssd4rec::gated_norm_backward", mutates_args=())
-def gated_norm_backward_op(
+def gated_norm_gradients(
     dout_TE: Tensor, y_TE: Tensor, z_TE: Tensor, w_E: Tensor, r_TE: Tensor | None,
-    mirror_T: Tensor | None, beta: float, restore: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dy, dz, dw and dr (empty without r)."""
+    mirror_T: Tensor | None, beta: float, restore: bool, eps: float, dz_TE: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Writes dz, whose rows may be slices of wider ones; dy, dw and dr (empty without r)."""
     T, E = y_TE.shape
     dout_TE, y_TE = dout_TE.contiguous(), y_TE.contiguous()
-    dy_TE, dz_TE = torch.empty_like(y_TE), y_TE.new_empty(T, E)
+    dy_TE = torch.empty_like(y_TE)
     if r_TE is not None:
         r_TE = r_TE.contiguous()
         dr_TE = torch.empty_like(r_TE)
     else:
         dr_TE = y_TE.new_empty(0)
     if T == 0:
-        return dy_TE, dz_TE, torch.zeros_like(w_E), dr_TE
+        return dy_TE, torch.zeros_like(w_E), dr_TE
     block_R, block_E, warps = tile_shape(E, BACKWARD_TILE)
     tiles = triton.cdiv(T, block_R)
     programs = min(tiles, PROGRAMS)
     dw_GE = w_E.new_empty(programs, E)
     gated_norm_backward_kernel[(programs,)](
         dout_TE, y_TE, z_TE, w_E, r_TE, mirror_T, dy_TE, dz_TE, dr_TE, dw_GE, T,
-        triton.cdiv(tiles, programs), beta, eps, z_TE.stride(0), E, block_E, block_R,
-        r_TE is not None, restore, num_warps=warps,
+        triton.cdiv(tiles, programs), beta, eps, z_TE.stride(0), dz_TE.stride(0), E, block_E,
+        block_R, r_TE is not None, restore, num_warps=warps,
     )  # fmt: skip
-    return dy_TE, dz_TE, dw_GE.sum(0), dr_TE
+    return dy_TE, dw_GE.sum(0), dr_TE
+
+
+@torch.library.custom_op("ssd4rec::gated_norm_backward", mutates_args=())
+def gated_norm_backward_op(
+    dout_TE: Tensor, y_TE: Tensor, z_TE: Tensor, w_E: Tensor, r_TE: Tensor | None,
+    mirror_T: Tensor | None, beta: float, restore: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dy, dz, dw and dr (empty without r)."""
+    dz_TE = y_TE.new_empty(y_TE.shape)
+    dy_TE, dw_E, dr_TE = gated_norm_gradients(
+        dout_TE, y_TE, z_TE, w_E, r_TE, mirror_T, beta, restore, eps, dz_TE
+    )
+    return dy_TE, dz_TE, dw_E, dr_TE
 
 
 @gated_norm_backward_op.register_fake

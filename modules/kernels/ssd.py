@@ -143,16 +143,20 @@ def walk(
 
 
 def decays(
-    dt_TH: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch
-) -> tuple[Tensor, Tensor]:
-    """dt and the running log2 decay inside each chunk, one row of tokens per head."""
+    dt_TH: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch,
+    bias_H: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dt and the running log2 decay inside each chunk, one row of tokens per head.
+
+    With a bias dt is softplus(dt_TH + bias) and A is -exp(A_H).
+    """
     T, H = dt_TH.shape
     chunks = table.chunks_4Z.shape[1]
-    dt_HT, c_HT = dt_TH.new_empty(2, H, T)
+    dt_HT, c_HT = dt_TH.new_empty(2, H, T, dtype=torch.float32)
     heads = min(triton.next_power_of_2(H), 16)
     decay_kernel[(chunks, triton.cdiv(H, heads))](
-        dt_TH, A_H, offsets_B1, table.chunks_4Z, dt_HT, c_HT, offsets_B1.numel() - 1, chunks, T,
-        H, heads, launch.chunk, num_warps=4,
+        dt_TH, bias_H, A_H, offsets_B1, table.chunks_4Z, dt_HT, c_HT, offsets_B1.numel() - 1,
+        chunks, T, dt_TH.stride(0), H, heads, launch.chunk, bias_H is not None, num_warps=4,
     )  # fmt: skip
     return dt_HT, c_HT
 
@@ -168,6 +172,90 @@ def rows(x: Tensor) -> Tensor:
     return x if inner.is_contiguous() else x.contiguous()
 
 
+def scan(
+    x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
+    offsets_B1: Tensor, table: Table, launch: Launch, end_BHPN: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y_THP, contiguous; writes `end_BHPN`."""
+    T, H, P = x_THP.shape
+    N, sequences, chunks = B_TN.shape[1], offsets_B1.numel() - 1, table.chunks_4Z.shape[1]
+    y_THP = torch.empty(T, H, P, dtype=x_THP.dtype, device=x_THP.device)
+    state_SHNP = walk(
+        B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=end_BHPN
+    )
+    groups = head_groups(chunks, H, limit=H)
+    output_kernel[(chunks, groups)](
+        x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, y_THP,
+        sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), H,
+        triton.cdiv(H, groups), N, P, launch.chunk, launch.precision,
+        num_warps=launch.output_warps, num_stages=launch.output_stages,
+    )  # fmt: skip
+    return y_THP
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the gradient of dt is made of: q, o, r in two parts, <h, g> (see `ssd_backward`)."""
+
+    qors_4HT: Tensor
+    through_ZH: Tensor
+
+
+def scan_gradients(
+    dy_THP: Tensor, dend_BHPN: Tensor | None, x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor,
+    B_TN: Tensor, C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch,
+    dx_THP: Tensor, dB_TN: Tensor, dC_TN: Tensor, dD_ZH: Tensor,
+) -> Sums:  # fmt: skip
+    """Writes dx, dB and dC, which may be slices of one tensor, and a partial dD a chunk."""
+    T, H, P = x_THP.shape
+    N, sequences, chunks = B_TN.shape[1], offsets_B1.numel() - 1, table.chunks_4Z.shape[1]
+    groups = head_groups(chunks, H, limit=4)
+    dB_GTN, dC_GTN = dB_TN, dC_TN
+    if groups > 1:
+        dBC_GTK = B_TN.new_empty(groups, T, 2 * N, dtype=torch.float32)
+        dB_GTN, dC_GTN = dBC_GTK.split(N, dim=2)
+    sums = Sums(dt_HT.new_empty(4, H, T), dt_HT.new_empty(chunks, H))
+    state_SHNP = walk(
+        B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=None
+    )
+    dstate_SHNP = walk(
+        C_TN, dy_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=True, end_BHPN=dend_BHPN
+    )
+    gradient_kernel[(chunks, groups)](
+        x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, dstate_SHNP,
+        dend_BHPN, dy_THP, dx_THP, *sums.qors_4HT, sums.through_ZH, dB_GTN, dC_GTN, dD_ZH,
+        sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), dy_THP.stride(0),
+        dx_THP.stride(0), dB_GTN.stride(-2), H, triton.cdiv(H, groups), N, P, launch.chunk,
+        dend_BHPN is not None, launch.precision, num_warps=launch.gradient_warps,
+        num_stages=launch.gradient_stages,
+    )  # fmt: skip
+    if groups > 1:
+        dB_sum_TN, dC_sum_TN = dBC_GTK.sum(0).split(N, dim=1)
+        dB_TN.copy_(dB_sum_TN)
+        dC_TN.copy_(dC_sum_TN)
+    return sums
+
+
+def decay_gradients(
+    sums: Sums, dt_HT: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch,
+    ddt_TH: Tensor, dA_ZH: Tensor, raw_TH: Tensor | None = None, bias_H: Tensor | None = None,
+    dbias_ZH: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes ddt and a partial dA a chunk.
+
+    Where dt came from `raw_TH` and a bias, writes the gradients of that, of A's logarithm and of
+    the bias.
+    """
+    H, T = dt_HT.shape
+    chunks, heads = table.chunks_4Z.shape[1], min(triton.next_power_of_2(H), 16)
+    decay_gradient_kernel[(chunks, triton.cdiv(H, heads))](
+        dt_HT, A_H, *sums.qors_4HT, sums.through_ZH, offsets_B1, table.chunks_4Z, ddt_TH, dA_ZH,
+        raw_TH, bias_H, dbias_ZH, offsets_B1.numel() - 1, chunks, T, ddt_TH.stride(0),
+        0 if raw_TH is None else raw_TH.stride(0), H, heads, launch.chunk, raw_TH is not None,
+        num_warps=4,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("ssd4rec::ssd", mutates_args=())
 def ssd_op(
     x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
@@ -178,23 +266,14 @@ def ssd_op(
     N, sequences = B_TN.shape[1], offsets_B1.numel() - 1
     x_THP, B_TN, C_TN = rows(x_THP), rows(B_TN), rows(C_TN)
     dt_TH = dt_TH.contiguous()
-    y_THP = torch.empty(T, H, P, dtype=x_THP.dtype, device=x_THP.device)
     end_BHPN = x_THP.new_zeros(sequences, H, P, N, dtype=torch.float32) if final_states else None
-    if T:
+    if T == 0:
+        y_THP = x_THP.new_empty(T, H, P)
+    else:
         launch = choose_launch(P, N, x_THP.dtype)
         table = make_table(offsets_B1, T, launch)
         dt_HT, c_HT = decays(dt_TH, A_H, offsets_B1, table, launch)
-        state_SHNP = walk(
-            B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=end_BHPN
-        )
-        chunks = table.chunks_4Z.shape[1]
-        groups = head_groups(chunks, H, limit=H)
-        output_kernel[(chunks, groups)](
-            x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, y_THP,
-            sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), H,
-            triton.cdiv(H, groups), N, P, launch.chunk, launch.precision,
-            num_warps=launch.output_warps, num_stages=launch.output_stages,
-        )  # fmt: skip
+        y_THP = scan(x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch, end_BHPN)
     return y_THP, x_THP.new_empty(0, dtype=torch.float32) if end_BHPN is None else end_BHPN
 
 
@@ -215,8 +294,7 @@ def ssd_backward_op(
     B_TN: Tensor, C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to x, dt, A, B, C, D, contiguous."""
-    T, H, P = x_THP.shape
-    N, sequences = B_TN.shape[1], offsets_B1.numel() - 1
+    (T, H, P), N = x_THP.shape, B_TN.shape[1]
     x_THP, B_TN, C_TN, dy_THP = rows(x_THP), rows(B_TN), rows(C_TN), rows(dy_THP)
     dt_TH = dt_TH.contiguous()
     if dend_BHPN is not None:
@@ -229,37 +307,14 @@ def ssd_backward_op(
         return dx_THP, ddt_TH, torch.zeros_like(A_H), empty_TN, empty_TN.clone(), D_H.new_zeros(H)
     table = make_table(offsets_B1, T, launch)
     dt_HT, c_HT = decays(dt_TH, A_H, offsets_B1, table, launch)
-    chunks = table.chunks_4Z.shape[1]
-    groups = head_groups(chunks, H, limit=4)
-    partial = torch.float32 if groups > 1 else x_THP.dtype
-    dB_GTN = B_TN.new_empty(groups, T, N, dtype=partial)
-    dC_GTN = torch.empty_like(dB_GTN)
-    dA_dD_2ZH = dt_TH.new_empty(2, chunks, H)
-    through_ZH = dt_TH.new_empty(chunks, H)
-    q_HT, o_HT, r_HT, s_HT = dt_TH.new_empty(4, H, T)
-    state_SHNP = walk(
-        B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=None
-    )
-    dstate_SHNP = walk(
-        C_TN, dy_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=True, end_BHPN=dend_BHPN
-    )
-    gradient_kernel[(chunks, groups)](
-        x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, dstate_SHNP,
-        dend_BHPN, dy_THP, dx_THP, q_HT, o_HT, r_HT, s_HT, through_ZH, dB_GTN, dC_GTN, dA_dD_2ZH[1],
-        sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), dy_THP.stride(0), H,
-        triton.cdiv(H, groups), N, P, launch.chunk, dend_BHPN is not None, launch.precision,
-        num_warps=launch.gradient_warps, num_stages=launch.gradient_stages,
+    dB_TN, dC_TN = B_TN.new_empty(T, N), C_TN.new_empty(T, N)
+    dA_dD_2ZH = dt_TH.new_empty(2, table.chunks_4Z.shape[1], H)
+    sums = scan_gradients(
+        dy_THP, dend_BHPN, x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch,
+        dx_THP, dB_TN, dC_TN, dA_dD_2ZH[1],
     )  # fmt: skip
-    heads = min(triton.next_power_of_2(H), 16)
-    decay_gradient_kernel[(chunks, triton.cdiv(H, heads))](
-        dt_HT, A_H, q_HT, o_HT, r_HT, s_HT, through_ZH, offsets_B1, table.chunks_4Z, ddt_TH,
-        dA_dD_2ZH[0], sequences, chunks, T, H, heads, launch.chunk, num_warps=4,
-    )  # fmt: skip
+    decay_gradients(sums, dt_HT, A_H, offsets_B1, table, launch, ddt_TH, dA_dD_2ZH[0])
     dA_H, dD_H = dA_dD_2ZH.sum(1).unbind(0)
-    if groups > 1:
-        dB_TN, dC_TN = dB_GTN.sum(0).to(x_THP.dtype), dC_GTN.sum(0).to(x_THP.dtype)
-    else:
-        dB_TN, dC_TN = dB_GTN[0], dC_GTN[0]
     return dx_THP, ddt_TH, dA_H.clone(), dB_TN, dC_TN, dD_H.clone()
 
 

@@ -38,9 +38,9 @@ def gradient_kernel(
     x_ptr, dt_ptr, c_ptr, B_ptr, C_ptr, D_ptr, offsets_ptr, table_ptr, state_ptr, dstate_ptr,
     dend_ptr, dy_ptr, dx_ptr, q_ptr, o_ptr, r_ptr, s_ptr, through_ptr, dB_ptr, dC_ptr, dD_ptr,
     sequences, chunks, tokens, x_stride: tl.constexpr, B_stride: tl.constexpr,
-    C_stride: tl.constexpr, dy_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, HAS_END: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C_stride: tl.constexpr, dy_stride: tl.constexpr, dx_stride: tl.constexpr,
+    dBC_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr,
+    P: tl.constexpr, CHUNK: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk, heads `[program_id(1) · HEADS, … + HEADS)`, one dB, dC partial."""
     piece = tl.program_id(0)
@@ -61,12 +61,13 @@ def gradient_kernel(
     n_N = tl.arange(0, N)
     p_P = tl.arange(0, P)
     here_Q = t_Q < end - start
-    token_row_QN = (tl.program_id(1) * tokens + start) * N + t_Q[:, None] * N + n_N[None, :]
-    dx_QP_offset = t_Q[:, None] * (H * P) + p_P[None, :]
+    first_row = (tl.program_id(1) * tokens + start) * dBC_stride
+    token_row_QN = first_row + t_Q[:, None] * dBC_stride + n_N[None, :]
+    dx_QP_offset = t_Q[:, None] * dx_stride + p_P[None, :]
     if sequence == sequences:
         for head in range(first_head, last_head):
             zero_QP = tl.zeros([CHUNK, P], dx_ptr.dtype.element_ty)
-            dx_base = dx_ptr + start * (H * P) + head * P
+            dx_base = dx_ptr + start * dx_stride + head * P
             tl.store(dx_base + dx_QP_offset, zero_QP, mask=here_Q[:, None])
         zero_QN = tl.zeros([CHUNK, N], dB_ptr.dtype.element_ty)
         tl.store(dB_ptr + token_row_QN, zero_QN, mask=here_Q[:, None])
@@ -119,7 +120,7 @@ def gradient_kernel(
         tl.store(o_ptr + token_row + t_Q, tl.sum(dx_QP * x_QP, 1), mask=here_Q)
         dx_QP = tl.dot(SL_JI.to(dy_QP.dtype), dy_QP, dx_QP, input_precision=PRECISION)
         dx_QP = dx_QP * dt_Q[:, None] + tl.load(D_ptr + head) * dy_QP
-        dx_base = dx_ptr + start * (H * P) + head * P
+        dx_base = dx_ptr + start * dx_stride + head * P
         tl.store(dx_base + dx_QP_offset, dx_QP.to(dx_ptr.dtype.element_ty), mask=here_Q[:, None])
         weighted_QP = (x_QP * (leaving_Q * dt_Q)[:, None]).to(x_QP.dtype)
         dB_QN = tl.dot(weighted_QP, tl.trans(g_NP), dB_QN, input_precision=PRECISION)
@@ -157,27 +158,35 @@ def gradient_kernel(
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def decay_gradient_kernel(
     dt_ptr, A_ptr, q_ptr, o_ptr, r_ptr, s_ptr, through_ptr, offsets_ptr, table_ptr, ddt_ptr, dA_ptr,
-    sequences, chunks, tokens, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    raw_ptr, bias_ptr, dbias_ptr, sequences, chunks, tokens, ddt_stride: tl.constexpr,
+    raw_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    RAW: tl.constexpr,
 ):  # fmt: skip
-    """ddt and a partial dA of one chunk from q, o, r and <h, g> (see the top of the file)."""
+    """ddt and a partial dA of one chunk from q, o, r and <h, g> (see the top of the file).
+
+    RAW (see `decay_kernel`): the gradients of what was read there, and a partial dbias.
+    """
     piece = tl.program_id(0)
     sequence, index, _, _ = piece_row(table_ptr, piece, chunks)
     t_Q = tl.arange(0, CHUNK)
     head_G = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inside_G = head_G < H
     if sequence < 0 or sequence == sequences:
-        tl.store(dA_ptr + piece * H + head_G, tl.zeros([HEADS], tl.float32), mask=inside_G)
+        zero_G = tl.zeros([HEADS], tl.float32)
+        tl.store(dA_ptr + piece * H + head_G, zero_G, mask=inside_G)
+        if RAW:
+            tl.store(dbias_ptr + piece * H + head_G, zero_G, mask=inside_G)
     if sequence < 0:
         return
     start = tl.load(offsets_ptr + sequence) + index * CHUNK
     end = tokens.to(tl.int64)
     if sequence < sequences:
         end = tl.load(offsets_ptr + sequence + 1)
-    ddt_ptrs = ddt_ptr + start * H + t_Q[:, None] * H + head_G[None, :]
+    ddt_ptrs = ddt_ptr + start * ddt_stride + t_Q[:, None] * ddt_stride + head_G[None, :]
     offset_QG = head_G.to(tl.int64)[None, :] * tokens + start + t_Q[:, None]
     mask_QG = (t_Q < end - start)[:, None] & inside_G[None, :]
     if sequence == sequences:
-        tl.store(ddt_ptrs, tl.zeros([CHUNK, HEADS], tl.float32), mask=mask_QG)
+        tl.store(ddt_ptrs, tl.zeros([CHUNK, HEADS], ddt_ptr.dtype.element_ty), mask=mask_QG)
         return
     dt_QG = tl.load(dt_ptr + offset_QG, mask=mask_QG, other=0.0)
     q_QG = tl.load(q_ptr + offset_QG, mask=mask_QG, other=0.0)
@@ -188,9 +197,20 @@ def decay_gradient_kernel(
     through_ptrs = through_ptr + piece * H + head_G
     through_G = tl.load(through_ptrs, mask=inside_G & entered, other=0.0)
     A_G = tl.load(A_ptr + head_G, mask=inside_G, other=0.0)
+    if RAW:
+        A_G = -tl.exp(A_G)
     balance_QG = r_QG - dt_QG * q_QG
     left_QG = dt_QG * o_QG
     da_QG = tl.cumsum(balance_QG, 0, reverse=True) + tl.cumsum(left_QG, 0) - left_QG
     da_QG += through_G[None, :]
-    tl.store(ddt_ptrs, q_QG + o_QG + A_G[None, :] * da_QG, mask=mask_QG)
-    tl.store(dA_ptr + piece * H + head_G, tl.sum(dt_QG * da_QG, 0), mask=inside_G)
+    dA_G = tl.sum(dt_QG * da_QG, 0)
+    ddt_QG = q_QG + o_QG + A_G[None, :] * da_QG
+    if RAW:
+        raw_ptrs = raw_ptr + start * raw_stride + t_Q[:, None] * raw_stride + head_G[None, :]
+        raw_QG = tl.load(raw_ptrs, mask=mask_QG, other=0.0).to(tl.float32)
+        bias_G = tl.load(bias_ptr + head_G, mask=inside_G, other=0.0)
+        ddt_QG = tl.where(mask_QG, ddt_QG * tl.sigmoid(raw_QG + bias_G[None, :]), 0.0)
+        tl.store(dbias_ptr + piece * H + head_G, tl.sum(ddt_QG, 0), mask=inside_G)
+        dA_G *= A_G
+    tl.store(ddt_ptrs, ddt_QG.to(ddt_ptr.dtype.element_ty), mask=mask_QG)
+    tl.store(dA_ptr + piece * H + head_G, dA_G, mask=inside_G)

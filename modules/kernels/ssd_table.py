@@ -87,14 +87,26 @@ def fill_table_kernel(
     tl.store(table_ptr + 3 * pieces + z, slot, mask=mask)
 
 
+@triton.jit
+def softplus(v):
+    """log(1 + exp(v)) within some 1e-6 of itself, however small: dt starts at 1e-3."""
+    u = tl.exp(-tl.abs(v))
+    s = u / (2 + u)  # log(1 + u) = 2 atanh(s), s at most 1/3
+    t = s * s
+    tail = 1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13)))
+    return tl.maximum(v, 0.0) + 2 * s * (1 + t * (1 / 3 + t * (1 / 5 + t * tail)))
+
+
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def decay_kernel(
-    dt_ptr, A_ptr, offsets_ptr, table_ptr, dt_out_ptr, c_ptr, sequences, chunks, tokens,
-    H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    dt_ptr, bias_ptr, A_ptr, offsets_ptr, table_ptr, dt_out_ptr, c_ptr, sequences, chunks, tokens,
+    dt_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    RAW: tl.constexpr,
 ):  # fmt: skip
     """`c_i = log2(e) Σ_{k≤i} dt_k A` inside the chunk, for HEADS heads: exp2(c_i - c_j) decays.
 
     c and a copy of dt leave as [H, T]: the later kernels read the tokens of one head at a time.
+    RAW: dt is softplus(what is read + bias) and A is -exp(what is read).
     """
     sequence, index, _, _ = piece_row(table_ptr, tl.program_id(0), chunks)
     if sequence < 0 or sequence == sequences:
@@ -104,9 +116,14 @@ def decay_kernel(
     q_Q = tl.arange(0, CHUNK)
     head_G = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     mask_QG = (q_Q < end - start)[:, None] & (head_G < H)[None, :]
-    A_G = tl.load(A_ptr + head_G, mask=head_G < H, other=0.0) * 1.4426950408889634
-    dt_ptrs = dt_ptr + start * H + q_Q[:, None] * H + head_G[None, :]
-    dt_QG = tl.load(dt_ptrs, mask=mask_QG, other=0.0)
+    A_G = tl.load(A_ptr + head_G, mask=head_G < H, other=0.0)
+    dt_ptrs = dt_ptr + start * dt_stride + q_Q[:, None] * dt_stride + head_G[None, :]
+    dt_QG = tl.load(dt_ptrs, mask=mask_QG, other=0.0).to(tl.float32)
+    if RAW:
+        A_G = -tl.exp(A_G)
+        bias_G = tl.load(bias_ptr + head_G, mask=head_G < H, other=0.0)
+        dt_QG = softplus(dt_QG + bias_G[None, :])
+    decay_QG = dt_QG * (A_G * 1.4426950408889634)[None, :]
     offset_QG = head_G.to(tl.int64)[None, :] * tokens + start + q_Q[:, None]
     tl.store(dt_out_ptr + offset_QG, dt_QG, mask=mask_QG)
-    tl.store(c_ptr + offset_QG, tl.cumsum(dt_QG * A_G[None, :], 0), mask=mask_QG)
+    tl.store(c_ptr + offset_QG, tl.cumsum(decay_QG, 0), mask=mask_QG)

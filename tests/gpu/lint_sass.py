@@ -8,7 +8,7 @@ nothing writes. On an H100 exactly the kernels with such a trace failed, and no 
 
     python tests/gpu/lint_sass.py [P,N,H | D ...]      compiles for sm_90, prints what it finds
 
-P,N,H: the SSD kernels; D: the softmax kernels at that width.
+P,N,H: the SSD kernels and those around them; D: the softmax kernels at that width.
 """
 
 import functools
@@ -102,8 +102,8 @@ def lint(call):
 
 
 def launch_ssd(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
-    """Forward and backward."""
-    from modules.kernels import ssd
+    """Forward and backward, alone and inside the mixer's operation."""
+    from modules.kernels import mixer, ssd
 
     x = torch.empty(tokens, H, P, dtype=dtype)
     B = torch.empty(tokens, N, dtype=dtype)
@@ -111,6 +111,13 @@ def launch_ssd(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
     offsets = torch.zeros(sequences + 1, dtype=torch.int64)
     ssd.ssd_op._init_fn(x, dt, A, B, B, A, offsets, False)
     ssd.ssd_backward_op._init_fn(x, None, x, dt, A, B, B, A, offsets)
+
+    E, M = H * P, H * P + 2 * N
+    proj, y, convolved = (torch.empty(tokens, F, dtype=dtype) for F in (E + M + H, E, M))
+    position = torch.zeros(tokens, dtype=torch.int64)
+    inputs = (proj, torch.empty(M, 4), torch.empty(M), A, A, A, torch.empty(E), offsets, position)
+    mixer.mixer_core_op._init_fn(*inputs, 1e-5)
+    mixer.mixer_core_backward_op._init_fn(y, convolved, y, *inputs, 1e-5)
 
 
 def launch_softmax(D, positions=2400, candidates=3001):

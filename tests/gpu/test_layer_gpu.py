@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modules.encoder import Encoder
+from tests.modules import test_mixer_kernels as core
 from tests.modules.test_norm_kernels import gated_cases, gelu_cases, relative, residual_cases
 
 pytestmark = pytest.mark.gpu
@@ -20,6 +21,20 @@ LIMITS = {torch.bfloat16: 5e-3, torch.float32: 2e-6}
 def test_kernel_values_and_gradients(cases, shape, dtype):
     for case, errors in cases(*shape, device="cuda", dtype=dtype):
         assert all(error < LIMITS[dtype] for error in errors.values()), (case, errors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fill", [0, 40_000])  # with few chunks each one's heads are split
+@pytest.mark.parametrize(("width", "state", "head"), [(256, 64, 64), (96, 32, 16)])
+def test_mixer_core_values_gradients_and_equal_bits(width, state, head, fill, dtype):
+    lengths = [1, 63, 64, 65, 200, 1, 2, 1500, *[40] * (fill // 40)]
+    sizes = (width, state, head, 4)
+    case = core.make_case(lengths, sum(lengths) + 77, *sizes, dtype=dtype, device="cuda")
+    errors = core.errors_of(case)
+    limit = 2e-2 if dtype == torch.bfloat16 else 5e-5
+    assert all(error < limit for error in errors.values()), errors
+    first, second = core.triton_outputs(case), core.triton_outputs(case)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -40,10 +40,7 @@ def run(bench: Bench) -> None:
 
 
 def convolution(bench: Bench, model: ModelConfig, tokens: int, offsets_B1: Tensor) -> None:
-    """The layer's convolution and SiLU in PyTorch, and the Triton kernel that is to replace it.
-
-    `modules.encoder` takes the kernel once a card has confirmed it (tests/gpu).
-    """
+    """The layer's convolution and SiLU in PyTorch, and on CUDA by the Triton kernel."""
     columns = model.expand * model.width + 2 * model.state
     kind = PRECISIONS[bench.precision]
     x_TE = torch.randn(tokens, columns, device=bench.device, dtype=kind, requires_grad=True)
@@ -69,7 +66,7 @@ def convolution(bench: Bench, model: ModelConfig, tokens: int, offsets_B1: Tenso
         with bench.case("convolution, Triton"):
             bench.record(
                 "convolution, Triton: fwd+bwd",
-                lambda: backward(causal_conv_triton(x_TE, weight_EK, bias_E, offsets_B1)),
+                lambda: backward(causal_conv_triton(x_TE, weight_EK, bias_E, position_T)),
                 work=tokens,
                 floor=work,
             )
