@@ -202,7 +202,10 @@ class Mamba2Mixer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W2 dropout(GELU(W1 x)), W1: D -> 4 D; exact GELU."""
+    """W2 dropout(GELU(W1 x)), W1: D -> 4 D; exact GELU.
+
+    The bias of W2 is left to `residual_norm`, which adds it in its own pass.
+    """
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -212,7 +215,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         rate = self.dropout if self.training else 0.0
-        return self.w2(gelu_dropout(F.linear(x_TD, self.w1.weight), self.w1.bias, rate))
+        inner_TF = gelu_dropout(F.linear(x_TD, self.w1.weight), self.w1.bias, rate)
+        return F.linear(inner_TF, self.w2.weight)
 
 
 class Layer(nn.Module):
@@ -287,6 +291,7 @@ class Layer(nn.Module):
             self.norm2.eps,
             rate,
             dtype,
+            self.feed_forward.w2.bias,
         )
 
 

@@ -102,9 +102,12 @@ def residual_norm_reference(
     eps: float,
     rate: float,
     dtype: torch.dtype,
+    a_bias_D: Tensor | None = None,
 ) -> Tensor:
-    """dropout(LayerNorm(a + x)) in `dtype`; `rate` 0 for no dropout."""
+    """dropout(LayerNorm(a + a_bias + x)) in `dtype`; `rate` 0 for no dropout."""
     total_TD = at_least_fp32(a_TD) + at_least_fp32(x_TD)
+    if a_bias_D is not None:
+        total_TD = total_TD + a_bias_D
     normed_TD = F.layer_norm(total_TD, [total_TD.shape[-1]], weight_D, bias_D, eps)
     return dropout(normed_TD, rate).to(dtype)
 
@@ -117,11 +120,12 @@ def residual_norm(
     eps: float,
     rate: float,
     dtype: torch.dtype,
+    a_bias_D: Tensor | None = None,
 ) -> Tensor:
     """`residual_norm_reference`; on CUDA one kernel that stores no mask."""
     if torch.jit.is_scripting() or not a_TD.is_cuda:
-        return residual_norm_reference(a_TD, x_TD, weight_D, bias_D, eps, rate, dtype)
-    return _residual_norm_cuda(a_TD, x_TD, weight_D, bias_D, eps, rate, dtype)
+        return residual_norm_reference(a_TD, x_TD, weight_D, bias_D, eps, rate, dtype, a_bias_D)
+    return _residual_norm_cuda(a_TD, x_TD, weight_D, bias_D, eps, rate, dtype, a_bias_D)
 
 
 @torch.jit.unused
@@ -133,10 +137,13 @@ def _residual_norm_cuda(
     eps: float,
     rate: float,
     dtype: torch.dtype,
+    a_bias_D: Tensor | None,
 ) -> Tensor:
     from modules.kernels.residual_norm import residual_norm_triton
 
-    return residual_norm_triton(a_TD, x_TD, weight_D, bias_D, eps, rate, dtype)
+    return residual_norm_triton(
+        a_TD, x_TD, weight_D, bias_D, eps, rate, dtype, a_bias_D=a_bias_D
+    )  # fmt: skip
 
 
 def input_norm(

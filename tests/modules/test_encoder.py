@@ -116,7 +116,7 @@ def test_read_out_computes_only_the_rows_it_needs(kind):
     encoder = make(kind)
     rows = []
     last = encoder.layers[-1]
-    for module in (last.mixer.out_proj, last.feed_forward.w2):
+    for module in (last.mixer.out_proj, last.feed_forward):
         module.register_forward_hook(lambda _, __, out: rows.append(len(out)))
     full = []
     last.mixer.in_proj.register_forward_hook(lambda *_: full.append(1))
