@@ -145,6 +145,16 @@ def gelu_cases(T, columns, device="cpu", dtype=torch.float32):
             ["x", "bias"],
         ),
     )
+    for scale in (5.0, 1e8):
+        yield (
+            f"far from 0, {scale:g}",
+            compare(
+                lambda x, b: gelu_dropout_triton(x, b, 0.0),
+                lambda x, b: F.gelu(x + b),
+                [x * scale, bias],
+                ["x", "bias"],
+            ),
+        )
     yield (
         "dropout",
         compare(
