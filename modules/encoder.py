@@ -23,6 +23,7 @@ from modules.fused import (
     gelu_dropout,
     input_norm,
     permute_rows,
+    project_residual,
     residual_norm,
 )
 from modules.ssd import (
@@ -79,18 +80,20 @@ class Mamba2Mixer(nn.Module):
         offsets_B1: Tensor,
         position_T: Tensor,
         read_S: Tensor | None = None,
-    ) -> Tensor:
-        """One direction; out [T, D], or [S, D] at the tokens `read_S`.
+    ) -> tuple[Tensor, Tensor]:
+        """One direction; out and u, for the residual sum, [T, D], or [S, D] at the tokens `read_S`.
 
         Behind the scan everything is position-wise: with `read_S`, z, gate, norm and out_proj
         exist at those rows only.
         """
         if read_S is None:
-            return self.out_proj(self.core(self.in_proj(u_TD), offsets_B1, position_T))
+            proj_TF, u_TD = project_residual(u_TD, self.in_proj.weight)
+            return self.out_proj(self.core(proj_TF, offsets_B1, position_T)), u_TD
         z_SE = self._project_gate(u_TD, read_S)
         xBC, dt_TH = self._project_scan(u_TD)
         y_SE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
-        return self.out_proj(gated_norm(y_SE, z_SE, self.norm_weight, self.gated_norm_eps))
+        y_SE = gated_norm(y_SE, z_SE, self.norm_weight, self.gated_norm_eps)
+        return self.out_proj(y_SE), u_TD.index_select(0, read_S)
 
     def core(self, proj_TF: Tensor, offsets_B1: Tensor, position_T: Tensor) -> Tensor:
         """One direction between the projections, [T, E]; on CUDA one node of autograd."""
@@ -126,20 +129,22 @@ class Mamba2Mixer(nn.Module):
         beta: float,
         restore_order: bool,
         read_S: Tensor | None = None,
-    ) -> Tensor:
-        """forward(u) + beta forward(u[reversed]), the latter put back with `restore_order`.
+    ) -> tuple[Tensor, Tensor]:
+        """forward(u) + beta forward(u[reversed]), the latter put back with `restore_order`, and u.
 
         in_proj is position-wise and out_proj linear, so each runs once:
         out_proj(N(y, z) + beta N(r, z[reversed])), N the gated norm, r the scan of xBC[reversed].
         """
         eps, weight_E = self.gated_norm_eps, self.norm_weight
         if read_S is None:
-            z_TE, xBC, dt_TH = self._project(u_TD)
+            proj_TF, u_TD = project_residual(u_TD, self.in_proj.weight)
+            z_TE, xBC, dt_TH = self._split(proj_TF)
             y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
             r_TE = self._scan_reversed(xBC, dt_TH, offsets_B1, position_T, reversed_T)
-            return self.out_proj(
-                gated_norm_both(y_TE, r_TE, z_TE, weight_E, eps, beta, reversed_T, restore_order)
+            gated_TE = gated_norm_both(
+                y_TE, r_TE, z_TE, weight_E, eps, beta, reversed_T, restore_order
             )
+            return self.out_proj(gated_TE), u_TD
         xBC, dt_TH = self._project_scan(u_TD)
         mirror_S = reversed_T.index_select(0, read_S)
         y_SE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
@@ -150,7 +155,8 @@ class Mamba2Mixer(nn.Module):
         r_SE = self._scan_reversed(
             xBC, dt_TH, offsets_B1, position_T, reversed_T, mirror_S if restore_order else read_S
         )
-        return self.out_proj(y_SE + beta * gated_norm(r_SE, z_SE, weight_E, eps))
+        out_SD = self.out_proj(y_SE + beta * gated_norm(r_SE, z_SE, weight_E, eps))
+        return out_SD, u_TD.index_select(0, read_S)
 
     def step(
         self, u_BD: Tensor, conv_BKM: Tensor, ssm_BHPN: Tensor
@@ -160,7 +166,7 @@ class Mamba2Mixer(nn.Module):
         conv_BKM: the last K - 1 inputs of the convolution, oldest first. ssm_BHPN: h of the
         recurrence in `modules.ssd`. Both are 0 in front of a sequence.
         """
-        z_BE, xBC_BM, dt_BH = self._project(u_BD)
+        z_BE, xBC_BM, dt_BH = self._split(self.in_proj(u_BD))
         window_BKM = torch.cat([conv_BKM, xBC_BM.unsqueeze(1)], 1)
         xBC_BM = F.silu((window_BKM * self.conv_weight.t()).sum(1) + self.conv_bias)
         x_BE, B_BN, C_BN = torch.split(xBC_BM, [self.inner, self.state, self.state], dim=-1)
@@ -175,11 +181,8 @@ class Mamba2Mixer(nn.Module):
         )
         return out_BD, window_BKM[:, 1:], ssm_BHPN
 
-    def _project(self, u_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z, xBC and dt, before convolution and softplus."""
-        return self._split(self.in_proj(u_TD))
-
     def _split(self, proj_TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, xBC and dt, before convolution and softplus."""
         sizes = [self.inner, self.inner + 2 * self.state, self.heads]
         z_TE, xBC, dt_TH = torch.split(proj_TF, sizes, dim=-1)
         return z_TE, xBC, dt_TH
@@ -229,7 +232,11 @@ class Mamba2Mixer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W2 dropout(GELU(W1 x)), W1: D -> 4 D; exact GELU."""
+    """W2 dropout(GELU(W1 x)), W1: D -> 4 D; exact GELU.
+
+    Answers with x for the residual sum. The bias of W2 is left to `residual_norm`, which adds it in
+    its own pass.
+    """
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -237,9 +244,11 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(4 * width, width)
         self.dropout = dropout
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         rate = self.dropout if self.training else 0.0
-        return self.w2(gelu_dropout(F.linear(x_TD, self.w1.weight), self.w1.bias, rate))
+        inner_TF, x_TD = project_residual(x_TD, self.w1.weight)
+        inner_TF = gelu_dropout(inner_TF, self.w1.bias, rate)
+        return F.linear(inner_TF, self.w2.weight), x_TD
 
 
 class Layer(nn.Module):
@@ -285,13 +294,11 @@ class Layer(nn.Module):
         Only the scans need every token: with `read_S` the rest is done at those rows alone.
         """
         if self.bidirectional:
-            mixed_TD = self.mixer.both(
+            mixed_TD, x_TD = self.mixer.both(
                 x_TD, offsets_B1, position_T, reversed_T, self.beta, self.restore_order, read_S
             )
         else:
-            mixed_TD = self.mixer(x_TD, offsets_B1, position_T, read_S)
-        if read_S is not None:
-            x_TD = x_TD.index_select(0, read_S)
+            mixed_TD, x_TD = self.mixer(x_TD, offsets_B1, position_T, read_S)
         return self._behind_mixer(mixed_TD, x_TD, x_TD.dtype if dtype is None else dtype)
 
     def step(
@@ -306,14 +313,16 @@ class Layer(nn.Module):
         H_TD = residual_norm(
             mixed_TD, x_TD, self.norm1.weight, self.norm1.bias, self.norm1.eps, rate, x_TD.dtype
         )
+        product_TD, H_TD = self.feed_forward(H_TD)
         return residual_norm(
-            self.feed_forward(H_TD),
+            product_TD,
             H_TD,
             self.norm2.weight,
             self.norm2.bias,
             self.norm2.eps,
             rate,
             dtype,
+            self.feed_forward.w2.bias,
         )
 
 

@@ -1,6 +1,6 @@
 """The encoder's small operations: the reference in PyTorch, and on CUDA one Triton kernel each.
 
-Legend: T tokens, E inner width, D model width, F = 4 D.
+Legend: T tokens, E inner width, D model width, F = 4 D, O columns of a product.
 
 A reference computes in fp32 (fp64 for fp64 inputs) and rounds once, to the dtype it returns, as the
 kernels do. TorchScript runs the references on every device.
@@ -9,6 +9,7 @@ kernels do. TorchScript runs the references on every device.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -102,9 +103,12 @@ def residual_norm_reference(
     eps: float,
     rate: float,
     dtype: torch.dtype,
+    a_bias_D: Tensor | None = None,
 ) -> Tensor:
-    """dropout(LayerNorm(a + x)) in `dtype`; `rate` 0 for no dropout."""
+    """dropout(LayerNorm(a + a_bias + x)) in `dtype`; `rate` 0 for no dropout."""
     total_TD = at_least_fp32(a_TD) + at_least_fp32(x_TD)
+    if a_bias_D is not None:
+        total_TD = total_TD + a_bias_D
     normed_TD = F.layer_norm(total_TD, [total_TD.shape[-1]], weight_D, bias_D, eps)
     return dropout(normed_TD, rate).to(dtype)
 
@@ -117,11 +121,12 @@ def residual_norm(
     eps: float,
     rate: float,
     dtype: torch.dtype,
+    a_bias_D: Tensor | None = None,
 ) -> Tensor:
     """`residual_norm_reference`; on CUDA one kernel that stores no mask."""
     if torch.jit.is_scripting() or not a_TD.is_cuda:
-        return residual_norm_reference(a_TD, x_TD, weight_D, bias_D, eps, rate, dtype)
-    return _residual_norm_cuda(a_TD, x_TD, weight_D, bias_D, eps, rate, dtype)
+        return residual_norm_reference(a_TD, x_TD, weight_D, bias_D, eps, rate, dtype, a_bias_D)
+    return _residual_norm_cuda(a_TD, x_TD, weight_D, bias_D, eps, rate, dtype, a_bias_D)
 
 
 @torch.jit.unused
@@ -133,10 +138,13 @@ def _residual_norm_cuda(
     eps: float,
     rate: float,
     dtype: torch.dtype,
+    a_bias_D: Tensor | None,
 ) -> Tensor:
     from modules.kernels.residual_norm import residual_norm_triton
 
-    return residual_norm_triton(a_TD, x_TD, weight_D, bias_D, eps, rate, dtype)
+    return residual_norm_triton(
+        a_TD, x_TD, weight_D, bias_D, eps, rate, dtype, a_bias_D=a_bias_D
+    )  # fmt: skip
 
 
 def input_norm(
@@ -170,6 +178,46 @@ def _gelu_dropout_cuda(x_TF: Tensor, bias_F: Tensor, rate: float) -> Tensor:
     from modules.kernels.gelu import gelu_dropout_triton
 
     return gelu_dropout_triton(x_TF, bias_F, rate)
+
+
+class _ProjectResidual(torch.autograd.Function):
+    """Adds the two gradients of x inside the product that makes one of them."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_OD):  # type: ignore[no-untyped-def]
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device):
+            weight_OD = weight_OD.to(torch.get_autocast_dtype(device))
+        ctx.save_for_backward(x_TD, weight_OD)
+        return x_TD.to(weight_OD.dtype) @ weight_OD.t(), x_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_TO, dx_TD):  # type: ignore[no-untyped-def]
+        x_TD, weight_OD = ctx.saved_tensors
+        with torch.autocast(x_TD.device.type, enabled=False):
+            dweight_OD = dout_TO.t() @ x_TD.to(dout_TO.dtype)
+            if dx_TD.dtype == dout_TO.dtype and dx_TD.is_contiguous():
+                dx_TD.addmm_(dout_TO, weight_OD)
+            else:
+                dx_TD = dx_TD + dout_TO @ weight_OD
+        return dx_TD, dweight_OD
+
+
+def project_residual(x_TD: Tensor, weight_OD: Tensor) -> tuple[Tensor, Tensor]:
+    """(x W^T, x), where x goes on to a residual sum: take it from here, and use it once.
+
+    The backward then adds both gradients of x in one product, in place of the one that comes from
+    the sum. So nothing may keep that: it is overwritten. Products are in autocast's dtype.
+    """
+    if torch.jit.is_scripting():
+        return F.linear(x_TD, weight_OD), x_TD
+    return _project_residual(x_TD, weight_OD)
+
+
+@torch.jit.unused
+def _project_residual(x_TD: Tensor, weight_OD: Tensor) -> tuple[Tensor, Tensor]:
+    return _ProjectResidual.apply(x_TD, weight_OD)
 
 
 def dropout(x: Tensor, rate: float) -> Tensor:

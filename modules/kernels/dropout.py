@@ -40,6 +40,6 @@ def keep_scale(seed, t_R, threshold, D: tl.constexpr):
     block_RG = t_R.to(tl.int64)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
     a_RG, b_RG, c_RG, d_RG = tl.randint4x(seed, block_RG, 7)
     words = tl.join(tl.join(a_RG, b_RG), tl.join(c_RG, d_RG)).to(tl.uint32, bitcast=True)
-    draws = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
-    draws_RD = tl.reshape(draws, [R, D])
-    return tl.where(draws_RD >= threshold, 65536.0 / (65536 - threshold), 0.0)
+    draws_RD = tl.reshape(tl.join(words << 16, words), [R, D])  # a draw is in the upper 16 bits
+    least = threshold.to(tl.uint32) << 16
+    return tl.where(draws_RD >= least, 65536.0 / (65536 - threshold), 0.0)

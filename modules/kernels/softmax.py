@@ -5,7 +5,8 @@ product, turns them into the weights
 
   `w_nc = exp(logit_nc - lse_n) dlse_n + [c = place_n] dtarget_n`
 
-and writes those, rounded to the dtype of h; `dh = w c` and `dc = w^T h` are cuBLAS's. That is four
+and writes those, rounded to the dtype of h; `dh = w c` and `dc = w^T h` are cuBLAS's, which wants a
+number of candidates that 8 divides: weights of 0 and rows of 0 fill it up. That is four
 products for a floor of three. Keeping the forward's exponentials where they fit would save none:
 scaling them to the final sum reads and writes what making them anew only writes. Walking twice, for
 dh and for dc, would need no chunk but five products, the chained ones at a lower rate.
@@ -31,6 +32,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 MULTIPROCESSORS = 132  # of an H100
 WEIGHT_BYTES = 512 * 2**20  # of one chunk's weights
 CHUNK_CANDIDATES = 16_384  # at least, where there are as many: dc's product has to fill the card
+ALIGNED = 8  # candidates of a chunk: 16 bytes of bf16, without which cuBLAS is 4 times slower
 TARGET_ROWS = 16
 
 
@@ -47,7 +49,7 @@ class Launch:
 
 
 def choose_launch(D: int, dtype: torch.dtype) -> Launch:
-    """Tiles that leave shared memory for two candidate tiles beside the positions' at D 256.
+    """Tiles that leave shared memory for three candidate tiles beside the positions' at D 256.
 
     32 rows of fp32 keep clear of warp-group products, which Triton 3.6 miscompiles there
     (`tests/gpu/lint_sass.py`).
@@ -57,7 +59,7 @@ def choose_launch(D: int, dtype: torch.dtype) -> Launch:
     if D > 256:
         return Launch(128, 128, 64, warps=8, stages=3, precision="ieee")
     columns = max(triton.next_power_of_2(D), 16)
-    return Launch(128, 128, columns, warps=8, stages=2, precision="ieee")
+    return Launch(128, 64, columns, warps=8, stages=3, precision="ieee")
 
 
 @functools.cache
@@ -147,20 +149,35 @@ def candidate_logsumexp_backward_op(
     launch = choose_launch(D, h_ND.dtype)
     chunk_N, chunk_C = chunk_shape(N, C, h_ND.element_size(), launch)
     buffer_NC = h_ND.new_empty(min(N, chunk_N), chunk_C)
-    dh_ND = _total(h_ND, parts=triton.cdiv(C, chunk_C))
-    dc_CD = torch.empty_like(c_CD)
+    parts_N, parts_C = triton.cdiv(N, chunk_N), triton.cdiv(C, chunk_C)
+    dh_ND = _total(h_ND, N, parts_C)
+    dc_CD = c_CD.new_empty(aligned(C, launch), D)
     for some in _chunks(C, chunk_C):
-        total_KD = _total(c_CD[some], parts=triton.cdiv(N, chunk_N))
+        c_KD = _aligned_rows(c_CD[some], launch)
+        dc_KD = dc_CD[some.start : some.start + len(c_KD)]
+        total_KD = dc_KD if parts_N == 1 else _total(c_CD, len(c_KD), parts_N)
         for rows in _chunks(N, chunk_N):
             weight_RK = _weights(
                 buffer_NC, dlse_N[rows], dtarget_N[rows], h_ND[rows], c_CD[some], bias_C[some],
                 _part(candidates_C, some), _part(targets_N, rows), _part(place_N, rows),
                 lse_N[rows], some.start, launch,
-            )  # fmt: skip
-            _add_product(dh_ND[rows], weight_RK, c_CD[some])
-            _add_product(total_KD, weight_RK.T, h_ND[rows])
-        dc_CD[some] = total_KD
-    return dh_ND.to(h_ND.dtype), dc_CD
+            )[:, : len(c_KD)]  # fmt: skip
+            _add_product(dh_ND[rows], weight_RK, c_KD, parts_C)
+            _add_product(total_KD, weight_RK.T, h_ND[rows], parts_N)
+        if parts_N > 1:
+            dc_KD.copy_(total_KD)
+    return dh_ND.to(h_ND.dtype), dc_CD[:C]
+
+
+def aligned(K: int, launch: Launch) -> int:
+    """K, or as whole tiles where ALIGNED does not divide it."""
+    return K if K % ALIGNED == 0 else triton.cdiv(K, launch.candidates) * launch.candidates
+
+
+def _aligned_rows(c_KD: Tensor, launch: Launch) -> Tensor:
+    """Candidates, with rows of 0 up to `aligned`."""
+    extra = aligned(len(c_KD), launch) - len(c_KD)
+    return torch.nn.functional.pad(c_KD, (0, 0, 0, extra)) if extra else c_KD
 
 
 def _weights(
@@ -168,8 +185,8 @@ def _weights(
     bias_K: Tensor, candidates_K: Tensor | None, targets_R: Tensor | None, place_R: Tensor | None,
     lse_R: Tensor, offset: int, launch: Launch,
 ) -> Tensor:  # fmt: skip
-    """w of a chunk [R, K], a corner of the buffer, whose rows are whole tiles: that fits the stores
-    of the last tile, and products want rows that start at 16 bytes."""
+    """w of a chunk, rows of the buffer: 0 from K to the end of the last tile, which the kernel
+    stores whole, and undefined behind it."""
     (R, D), K = h_RD.shape, c_KD.shape[0]
     grid, tiles = _grid(R, K, launch)
     weight_kernel[grid](
@@ -178,17 +195,18 @@ def _weights(
         launch.candidates, candidates_K is not None, place_R is not None, launch.precision,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    return buffer_NC[:R, :K]
+    return buffer_NC[:R]
 
 
-def _total(like: Tensor, parts: int) -> Tensor:
-    """Zeros to add `parts` products to: in fp32 if there are several."""
-    return torch.zeros_like(like, dtype=like.dtype if parts == 1 else torch.float32)
+def _total(like: Tensor, rows: int, parts: int) -> Tensor:
+    """What `parts` products are summed in: of several, zeros in fp32."""
+    shape = rows, like.shape[1]
+    return like.new_empty(shape) if parts == 1 else like.new_zeros(shape, dtype=torch.float32)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, parts: int) -> None:
+    if parts == 1:
+        torch.mm(a, b, out=total)
     else:
         total.add_(a @ b)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules.encoder import Encoder, positions
-from modules.fused import dropout, permute_rows_op
+from modules.fused import dropout, permute_rows_op, project_residual
 from modules.ssd import causal_conv_reference, ssd_reference
 
 LENGTHS = [1, 2, 9, 1, 30]
@@ -112,18 +112,24 @@ def test_read_out_equals_rows_of_everything_values_and_gradients(kind, restore_o
 
 
 @pytest.mark.parametrize("kind", ["causal", "bidirectional"])
-def test_read_out_computes_only_the_rows_it_needs(kind):
+def test_read_out_computes_only_the_rows_it_needs(kind, monkeypatch):
     encoder = make(kind)
-    rows = []
+    rows, projected = [], []
     last = encoder.layers[-1]
-    for module in (last.mixer.out_proj, last.feed_forward.w2):
-        module.register_forward_hook(lambda _, __, out: rows.append(len(out)))
-    full = []
-    last.mixer.in_proj.register_forward_hook(lambda *_: full.append(1))
+    last.mixer.out_proj.register_forward_hook(lambda _, __, out: rows.append(len(out)))
+    last.feed_forward.register_forward_hook(lambda _, __, out: rows.append(len(out[0])))
+
+    def recorded(x_TD, weight):
+        projected.append((len(x_TD), len(weight)))
+        return project_residual(x_TD, weight)
+
+    monkeypatch.setattr("modules.encoder.project_residual", recorded)
     x, offsets = torch.randn(sum(LENGTHS), WIDTH, dtype=torch.float64), offsets_of(LENGTHS)
     encoder(x, offsets, offsets[1:] - 1)
     assert rows == [len(LENGTHS)] * 2
-    assert not full  # z is projected at the read positions alone
+    wide, inner = len(last.mixer.in_proj.weight), 4 * WIDTH
+    # The last layer projects z at the read positions alone, not together with the rest.
+    assert projected == [(len(x), wide), (len(x), inner), (len(LENGTHS), inner)]
 
 
 def plain_layer(layer, x, offsets, restore_order):
@@ -184,6 +190,48 @@ def test_autocast_streams_bf16_returns_the_inputs_dtype_and_stays_close(kind):
     assert (got - expected).norm() / expected.norm() < 1e-2
 
 
+def project_and_add(project):
+    """What the encoder does with `project_residual`: the residual meets one sum."""
+
+    def run(x, weight):
+        product, residual = project(x, weight)
+        return torch.tanh(product).sum(1, keepdim=True) * weight.sum() + residual.square()
+
+    return run
+
+
+def plain_projection(x, weight):
+    return F.linear(x, weight), x
+
+
+def test_project_residual_gradcheck():
+    torch.manual_seed(1)
+    x, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 3))
+    assert torch.autograd.gradcheck(project_and_add(project_residual), (x, weight))
+
+
+@pytest.mark.parametrize(
+    ("kind", "autocast"),
+    [(torch.float64, False), (torch.float32, False), (torch.float32, True), (torch.bfloat16, True)],
+)
+def test_project_residual_equals_the_plain_form(kind, autocast):
+    torch.manual_seed(2)
+    x = torch.randn(40, 16).to(kind).requires_grad_()
+    weight_kind = torch.float32 if autocast else kind
+    weight = torch.randn(24, 16).to(weight_kind).requires_grad_()
+    answers = []
+    for project in (project_residual, plain_projection):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = project_and_add(project)(x, weight)
+        answers.append([out, *torch.autograd.grad(out.float().sum(), [x, weight])])
+    assert answers[0][1].dtype == kind
+    assert answers[0][2].dtype == weight_kind
+    tolerance = 1e-2 if autocast else 1e-5
+    for got, expected in zip(*answers, strict=True):
+        assert got.dtype == expected.dtype
+        assert (got - expected).norm() <= tolerance * expected.norm()
+
+
 def test_dropout_is_fair_scaled_and_governed_by_the_seed():
     x = torch.ones(300, 333)
     torch.manual_seed(5)
@@ -220,10 +268,10 @@ def test_bidirectional_layer_is_the_papers_formula(restore_order):
     x = torch.randn(7, WIDTH, dtype=torch.float64)
     offsets = offsets_of([7])
     position, reverse = positions(offsets, 7)
-    backward = layer.mixer(x.flip(0), offsets, position)
+    backward, _ = layer.mixer(x.flip(0), offsets, position)
     if restore_order:
         backward = backward.flip(0)
-    hidden = layer.norm1(layer.mixer(x, offsets, position) + 0.3 * backward + x)
+    hidden = layer.norm1(layer.mixer(x, offsets, position)[0] + 0.3 * backward + x)
     inner = torch.nn.functional.gelu(hidden @ layer.feed_forward.w1.weight.T)
     expected = layer.norm2(inner @ layer.feed_forward.w2.weight.T + hidden)
     layer.feed_forward.w1.bias.data.zero_()

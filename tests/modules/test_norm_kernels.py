@@ -76,11 +76,13 @@ def residual_cases(T, D, device="cpu", dtype=torch.float32):
 
     torch.manual_seed(T)
     a, x = (torch.randn(T, D).to(device, dtype) for _ in range(2))
-    w, bias = (torch.randn(D).to(device) for _ in range(2))
+    w, bias, a_bias = (torch.randn(D).to(device) for _ in range(3))
     seed = torch.tensor([SEED], device=device)
 
-    def kernel(a, x, w, bias, rate, first=False, out=dtype):
-        return residual_norm_triton(a, x, w, bias, 1e-12, rate, out, dropout_first=first, seed=seed)
+    def kernel(a, x, w, bias, rate, first=False, out=dtype, a_bias=None):
+        return residual_norm_triton(
+            a, x, w, bias, 1e-12, rate, out, a_bias_D=a_bias, dropout_first=first, seed=seed
+        )  # fmt: skip
 
     def norm(s, w, bias):
         return F.layer_norm(s, [D], w, bias, 1e-12)
@@ -104,6 +106,15 @@ def residual_cases(T, D, device="cpu", dtype=torch.float32):
             lambda a, x, w, bias: norm(a + x, w, bias) * mask,
             [a, x, w, bias],
             names,
+        ),
+    )
+    yield (
+        "dropout behind, a bias of a",
+        compare(
+            lambda a, x, w, bias, a_bias: kernel(a, x, w, bias, RATE, a_bias=a_bias),
+            lambda a, x, w, bias, a_bias: norm(a + a_bias + x, w, bias) * mask,
+            [a, x, w, bias, a_bias],
+            [*names, "a_bias"],
         ),
     )
     yield (
@@ -134,6 +145,16 @@ def gelu_cases(T, columns, device="cpu", dtype=torch.float32):
             ["x", "bias"],
         ),
     )
+    for scale in (5.0, 1e8):
+        yield (
+            f"far from 0, {scale:g}",
+            compare(
+                lambda x, b: gelu_dropout_triton(x, b, 0.0),
+                lambda x, b: F.gelu(x + b),
+                [x * scale, bias],
+                ["x", "bias"],
+            ),
+        )
     yield (
         "dropout",
         compare(
@@ -187,8 +208,9 @@ def check_ops():
     calls = [
         (gated_norm_op, (y, z, w, None, None, 0.0, False, 1e-5)),
         (gated_norm_op, (y, z, w, r, mirror, 0.4, False, 1e-5)),
-        (residual_norm_op, (y, r, w, bias, None, 0, False, 1e-12, torch.float32)),
-        (residual_norm_op, (y, None, w, bias, seed, 9000, True, 1e-12, torch.bfloat16)),
+        (residual_norm_op, (y, r, None, w, bias, None, 0, False, 1e-12, torch.float32)),
+        (residual_norm_op, (y, r, w, w, bias, None, 0, False, 1e-12, torch.float32)),
+        (residual_norm_op, (y, None, None, w, bias, seed, 9000, True, 1e-12, torch.bfloat16)),
         (gelu_dropout_op, (y, w, None, 0)),
         (gelu_dropout_op, (y, w, seed, 9000)),
     ]
@@ -241,7 +263,7 @@ def test_masks_are_fair_and_governed_by_the_generator(results):
 
 
 def test_opcheck(results):
-    assert results["opcheck"] == 6
+    assert results["opcheck"] == 7
 
 
 if __name__ == "__main__":

@@ -216,11 +216,17 @@ def test_chunks_are_even_and_within_the_budget():
     softmax = pytest.importorskip("modules.kernels.softmax")
     launch = softmax.choose_launch(256, torch.bfloat16)
     assert softmax.chunk_shape(16_384, 3_425, 2, launch) == (16_384, 3_456)
-    assert softmax.chunk_shape(16_384, 1_000_008, 2, launch) == (16_384, 16_256)
+    assert softmax.chunk_shape(16_384, 1_000_008, 2, launch) == (16_384, 16_192)
     assert softmax.chunk_shape(262_144, 3_425, 2, launch) == (65_536, 3_456)
     positions, candidates = softmax.chunk_shape(1_000, 1_000_008, 4, launch)
     assert positions == 1_024
     assert 4 * positions * candidates < 1.05 * softmax.WEIGHT_BYTES
+
+
+def test_products_are_aligned():
+    softmax = pytest.importorskip("modules.kernels.softmax")
+    launch = softmax.choose_launch(256, torch.bfloat16)
+    assert [softmax.aligned(K, launch) for K in (1, 64, 3_424, 3_425)] == [64, 64, 3_424, 3_456]
 
 
 def test_runs_fill_the_card():

@@ -89,11 +89,14 @@ class AttentionLayer(nn.Module):
         q, k, v = (one.transpose(1, 2) for one in qkv_BL3AG.unbind(2))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         H_TD = self._norm(self.norm1, self.out(mixed.reshape(x_TD.shape)), x_TD)
-        return self._norm(self.norm2, self.feed_forward(H_TD), H_TD)
+        product_TD, H_TD = self.feed_forward(H_TD)
+        return self._norm(self.norm2, product_TD, H_TD, self.feed_forward.w2.bias)
 
-    def _norm(self, norm: nn.LayerNorm, y_TD: Tensor, x_TD: Tensor) -> Tensor:
-        rate = self.dropout if self.training else 0.0
-        return residual_norm(y_TD, x_TD, norm.weight, norm.bias, norm.eps, rate, x_TD.dtype)
+    def _norm(
+        self, norm: nn.LayerNorm, y_TD: Tensor, x_TD: Tensor, y_bias_D: Tensor | None = None
+    ) -> Tensor:
+        rate, dtype = self.dropout if self.training else 0.0, x_TD.dtype
+        return residual_norm(y_TD, x_TD, norm.weight, norm.bias, norm.eps, rate, dtype, y_bias_D)
 
 
 class AttentionEncoder(nn.Module):
