@@ -19,6 +19,7 @@ from torch import Tensor
 
 from modules.kernels.dropout import draw_seed, keep_scale, threshold_of
 from modules.kernels.gated_norm import DTYPES, load_tile
+from modules.kernels.partial_sums import partial_sums
 
 COLUMNS = 512  # of a tile
 ROWS = 4
@@ -43,6 +44,8 @@ def gelu_dropout_kernel(
     x_ptr, bias_ptr, seed_ptr, out_ptr, rows, threshold, F: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_R: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
+    if DROP:
+        seed = tl.load(seed_ptr)  # first: what it starts is the longest
     t_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     f_F = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask_RF = (t_R < rows)[:, None] & (f_F < F)[None, :]
@@ -52,7 +55,7 @@ def gelu_dropout_kernel(
     out_RF = tl.maximum(v_RF, 0.0) - u_RF * upper_tail(u_RF)
     if DROP:
         virtual_R = t_R * tl.num_programs(1) + tl.program_id(1)  # a column tile's row of draws
-        out_RF *= keep_scale(tl.load(seed_ptr), virtual_R, threshold, BLOCK_F)
+        out_RF *= keep_scale(seed, virtual_R, threshold, BLOCK_F)
     out_ptrs = out_ptr + t_R.to(tl.int64)[:, None] * F + f_F[None, :]
     tl.store(out_ptrs, out_RF.to(out_ptr.dtype.element_ty), mask=mask_RF)
 
@@ -130,7 +133,7 @@ def gelu_dropout_backward_op(
         dout_TF, x_TF, bias_F, seed, dx_TF, dbias_GF, T, triton.cdiv(tiles_T, programs), threshold,
         F, block_F, ROWS, seed is not None, num_warps=4,
     )  # fmt: skip
-    return dx_TF, dbias_GF.sum(0)
+    return dx_TF, partial_sums(dbias_GF[None])[0]
 
 
 @gelu_dropout_backward_op.register_fake

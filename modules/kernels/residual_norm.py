@@ -26,6 +26,7 @@ from modules.kernels.gated_norm import (
     load_tile,
     tile_shape,
 )
+from modules.kernels.partial_sums import partial_sums
 
 
 @triton.jit
@@ -43,6 +44,8 @@ def residual_norm_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SUM: tl.constexpr,
     BIAS: tl.constexpr, DROP: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
+    if DROP:
+        seed = tl.load(seed_ptr)  # first: what it starts is the longest
     t_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     d_D = tl.arange(0, BLOCK_D)
     mask_RD = (t_R < rows)[:, None] & (d_D < D)[None, :]
@@ -54,7 +57,7 @@ def residual_norm_kernel(
     if BIAS:
         s_RD += tl.load(a_bias_ptr + d_D, mask=d_D < D, other=0.0)[None, :]
     if DROP:
-        keep_RD = keep_scale(tl.load(seed_ptr), t_R, threshold, BLOCK_D)
+        keep_RD = keep_scale(seed, t_R, threshold, BLOCK_D)
         if BEFORE:
             s_RD *= keep_RD
     n_RD, _ = standardised(s_RD, mask_RD, eps, D)
@@ -166,7 +169,7 @@ def residual_norm_backward_op(
         triton.cdiv(tiles, programs), threshold, eps, D, block_D, block_R, x_TD is not None,
         a_bias_D is not None, seed is not None, before, num_warps=warps,
     )  # fmt: skip
-    return ds_TD, partial_PGD.sum(1)
+    return ds_TD, partial_sums(partial_PGD)
 
 
 @residual_norm_backward_op.register_fake

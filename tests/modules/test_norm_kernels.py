@@ -219,12 +219,24 @@ def check_ops():
     return len(calls)
 
 
+def sums_errors():
+    """Of one row, of some, and of more than a tile has."""
+    from modules.kernels.partial_sums import partial_sums
+
+    cases = {}
+    for shape in [(1, 1, 24), (3, 37, 40), (2, 2500, 16)]:
+        partial = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        cases[f"{shape}"] = {"sum": relative(partial_sums(partial), partial.double().sum(1))}
+    return cases
+
+
 def report():
     shapes = [(1, 24), (37, 24), (9, 64)]
     return {
         "gated": {f"{s}": dict(gated_cases(*s)) for s in shapes},
         "residual": {f"{s}": dict(residual_cases(*s)) for s in shapes},
         "gelu": {f"{s}": dict(gelu_cases(*s)) for s in [*shapes, (6, 520)]},
+        "sums": {"all": sums_errors()},
         "mask": mask_facts(),
         "opcheck": check_ops(),
     }
@@ -243,7 +255,7 @@ def results():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kernel", ["gated", "residual", "gelu"])
+@pytest.mark.parametrize("kernel", ["gated", "residual", "gelu", "sums"])
 def test_values_and_gradients(results, kernel):
     for shape, cases in results[kernel].items():
         for case, errors in cases.items():
