@@ -137,6 +137,7 @@ def test_an_offloaded_table_is_the_one_in_memory(world, tmp_path, offload, optim
         run = stepper_of(world, rows, *chosen, f"embedding.offload={place}")
         load(checkpoint_path(tmp_path, 6), run.sharded)
         assert_rows_equal(run, trained)
+        run = Stepper(run.sharded, run.config, world, SEED)  # which reads the count of updates
         for number, step in enumerate(steps):
             run.take(step, number)
         torch.testing.assert_close(rows_of(run, every), further, rtol=1e-3, atol=1e-4)
