@@ -9,6 +9,7 @@ permutes all samples of a window, and cuts packs. At a step of W ranks rank r ta
 at another W neither repeats nor drops a pack.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +27,20 @@ from data.samples import SampleRule, Samples
 from data.schema import MASK_ROW, PADDING_ROW
 
 T = TypeVar("T")
+MOST_BATCH_TOKENS = 262_144  # that a long history makes the default batch grow to
+
+
+def default_batch_tokens(epoch_tokens: int, longest: int) -> int:
+    """A batch that cuts an epoch into about 64 steps.
+
+    A power of two between 2,048, below which a batch does not fill a device, and 16,384; more
+    where the longest sample needs it, up to MOST_BATCH_TOKENS.
+    """
+    steps, least, most = 64, 2_048, 16_384
+    fitting = 2 ** round(math.log2(max(epoch_tokens / steps, 1)))
+    needed = 2 ** math.ceil(math.log2(longest))
+    batch = min(max(fitting, least), most)
+    return max(batch, needed) if needed <= MOST_BATCH_TOKENS else batch
 
 
 def default_max_sequences(batch_tokens: int, mean_sample_tokens: float) -> int:

@@ -4,13 +4,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from data.errors import InputError
 from data.evaluation import EvaluationBatches
 from data.loader import TrainingSteps
 from data.negatives import Candidates, FullCandidates, SampledCandidates
-from data.packing import default_max_sequences
+from data.packing import default_batch_tokens, default_max_sequences
 from data.reader import HistoryDataset
 from data.samples import Objective, SampleRule, Split
 from data.vocabulary import Vocabulary
@@ -19,14 +20,15 @@ from modules.item_table import ItemTable
 from modules.losses import FullSoftmax, SampledSoftmax
 from modules.recommender import Recommender
 from trainer.checkpoint import RunState
-from trainer.config import Config
+from trainer.config import Config, DataConfig
 from trainer.distributed import World
 from trainer.observe import Observer, flops_per_token
-from trainer.sharding import DTYPES, table_optimizer
+from trainer.sharding import DTYPES, table_learning_rate, table_optimizer
 from trainer.stop import StopRequest
 
 OBJECTIVES: dict[str, Objective] = {"histories": "causal", "prefixes": "prefix"}
 KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
+KERNEL_TAPS = (1, 2, 3, 4)  # of modules.kernels.conv
 
 
 def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
@@ -36,11 +38,15 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
     """
     train, data = config.trainer, config.data
     if world.device.type == "cuda":
-        for key, size in (("model.head", config.model.head), ("model.state", config.model.state)):
-            if size not in KERNEL_SIZES:
+        model = config.model
+        for key, size, sizes in [
+            ("model.head", model.head, KERNEL_SIZES),
+            ("model.state", model.state, KERNEL_SIZES),
+            ("model.conv", model.conv, KERNEL_TAPS),
+        ]:
+            if size not in sizes:
                 raise InputError(
-                    f"{key}={size} has no CUDA kernel; it is one of "
-                    f"{', '.join(map(str, KERNEL_SIZES))}"
+                    f"{key}={size} has no CUDA kernel; it is one of {', '.join(map(str, sizes))}"
                 )
     kind: Literal["cpu", "cuda"] = "cuda" if world.device.type == "cuda" else "cpu"
     optimizer = table_optimizer(config.embedding.optimizer, world.device)
@@ -49,9 +55,13 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
             f"embedding.optimizer={config.embedding.optimizer} is adam here, which with "
             "embedding.dtype=fp16 is broken in FBGEMM; use partial_rowwise_adam or rowwise_adagrad"
         )
+    rate = table_learning_rate(config.embedding, optimizer)
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if world.device.type == "cuda" else "fp32"
+    if data.batch_tokens is None:
+        data = replace(data, batch_tokens=batch_tokens_for(data, dataset.n_train_U))
+        config = replace(config, data=data)
     sequences = data.max_sequences
     if sequences is None:
         counts = sample_rule(config).counts(dataset.n_train_U)
@@ -60,13 +70,22 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
                 f"{data.path} has no user with two training events, so nothing to learn from; "
                 "convert a larger log or lower min_user_events and min_item_events"
             )
-        sequences = default_max_sequences(data.batch_tokens, counts.tokens / counts.samples)
+        sequences = default_max_sequences(data.tokens_a_batch, counts.tokens / counts.samples)
     return replace(
         config,
-        embedding=replace(config.embedding, optimizer=optimizer),
+        embedding=replace(config.embedding, optimizer=optimizer, learning_rate=rate),
         trainer=replace(train, precision=precision, device=kind),
         data=replace(data, max_sequences=sequences),
     )
+
+
+def batch_tokens_for(data: DataConfig, n_train_U: np.ndarray) -> int:
+    """What `data.batch_tokens=null` stands for, whatever the number of ranks."""
+    longest = max(int(n_train_U.max(initial=0)) - 1, 1)
+    if data.max_history is not None:
+        longest = data.max_history
+    rule = SampleRule(OBJECTIVES[data.samples], longest, "truncate")
+    return default_batch_tokens(int(rule.tokens_a_user(n_train_U).sum()), longest)
 
 
 def sample_rule(config: Config) -> SampleRule:
@@ -74,7 +93,7 @@ def sample_rule(config: Config) -> SampleRule:
     data = config.data
     return SampleRule(
         OBJECTIVES[data.samples],
-        data.batch_tokens,
+        data.tokens_a_batch,
         data.long_history,
         data.overlap_tokens,
         data.max_history,
@@ -131,7 +150,7 @@ def scored_candidates(config: Config, table_rows: int) -> int:
 def reads(config: Config) -> int:
     """Read positions of a batch."""
     data = config.data
-    return data.batch_tokens if data.samples == "histories" else data.max_sequences or 1
+    return data.tokens_a_batch if data.samples == "histories" else data.max_sequences or 1
 
 
 def training_steps(
@@ -146,7 +165,7 @@ def training_steps(
     return TrainingSteps(
         dataset,
         objective=OBJECTIVES[data.samples],
-        batch_tokens=data.batch_tokens,
+        batch_tokens=data.tokens_a_batch,
         max_sequences=data.max_sequences or 1,
         mask_ratio=data.mask_ratio,
         long_history=data.long_history,
@@ -176,7 +195,7 @@ def evaluation_batches(
         dataset,
         split,
         config.trainer.targets,
-        data.batch_tokens,
+        data.tokens_a_batch,
         data.max_sequences or 1,
         world.rank,
         world.size,
@@ -216,7 +235,7 @@ def observer(
         f"{counts.targets:,} targets"
     )
     if counts.windowed_histories or counts.truncated_histories:
-        limit = f"data.batch_tokens={config.data.batch_tokens}"
+        limit = f"data.batch_tokens={config.data.tokens_a_batch}"
         if config.data.max_history is not None:
             limit = f"data.max_history={config.data.max_history}"
         eyes.say(

@@ -47,7 +47,7 @@ class TableConfig:
     offload: Literal["none", "uvm", "uvm_caching"]
     cache_share: float
     optimizer: str
-    learning_rate: float
+    learning_rate: float | None
     beta1: float
     beta2: float
     eps: float
@@ -57,7 +57,7 @@ class TableConfig:
 class DataConfig:
     path: str
     samples: Literal["histories", "prefixes"]
-    batch_tokens: int
+    batch_tokens: int | None
     max_sequences: int | None
     mask_ratio: float
     max_history: int | None
@@ -65,6 +65,13 @@ class DataConfig:
     overlap_tokens: int
     window_tokens: int
     damaged_files: Literal["fatal", "skip"]
+
+    @property
+    def tokens_a_batch(self) -> int:
+        """`batch_tokens` of a resolved config."""
+        if self.batch_tokens is None:
+            raise ValueError("this config is not resolved")
+        return self.batch_tokens
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         if value in get_args(hint):
             return value
         raise InputError(f"{key}={value} is unknown; it is one of {_list(get_args(hint))}")
-    if float in kinds and not isinstance(value, bool):  # YAML 1.1 reads 1e-3 as a string
+    # YAML 1.1 reads 1e-3 as a string.
+    if float in kinds and value is not None and not isinstance(value, bool):
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -164,8 +172,9 @@ def _check_values(config: Config) -> None:
         ("model.head", model.head, 1),
         ("model.expand", model.expand, 1),
         ("model.conv", model.conv, 1),
-        ("data.batch_tokens", data.batch_tokens, 2),
+        ("data.batch_tokens", data.batch_tokens or 2, 2),
         ("data.max_sequences", data.max_sequences or 1, 1),
+        ("data.max_history", 1 if data.max_history is None else data.max_history, 1),
         ("data.overlap_tokens", data.overlap_tokens, 0),
         ("data.window_tokens", data.window_tokens, 1),
         ("trainer.max_epochs", train.max_epochs, 1),
@@ -198,7 +207,7 @@ def _check_values(config: Config) -> None:
         ("trainer.learning_rate", train.learning_rate),
         ("embedding.learning_rate", table.learning_rate),
     ]:
-        if rate <= 0:
+        if rate is not None and rate <= 0:
             raise InputError(f"{key}={rate} must be above 0")
     if train.stall_seconds > MAX_STALL_SECONDS:
         raise InputError(
@@ -227,12 +236,12 @@ def _check_combinations(config: Config) -> None:
         )
     if data.long_history == "windows" and data.samples == "prefixes":
         raise InputError("data.long_history=windows is for data.samples=histories; use truncate")
-    limit, tokens = "data.batch_tokens", data.batch_tokens
+    limit, tokens = "data.batch_tokens", data.batch_tokens or math.inf
     if data.max_history is not None:
-        if not 1 <= data.max_history <= data.batch_tokens:
+        if data.max_history > tokens:
             raise InputError(
-                f"data.max_history={data.max_history} is outside [1, "
-                f"data.batch_tokens={data.batch_tokens}]; null shows whole histories"
+                f"data.max_history={data.max_history} is above data.batch_tokens={tokens}; null "
+                "shows whole histories"
             )
         limit, tokens = "data.max_history", data.max_history
     if data.overlap_tokens >= tokens:

@@ -43,8 +43,8 @@ class Sizes:
             positions, rivals = positions * world.size, candidates
         return cls(
             ranks=world.size,
-            tokens=config.data.batch_tokens,
-            looked_up=config.data.batch_tokens + candidates,
+            tokens=config.data.tokens_a_batch,
+            looked_up=config.data.tokens_a_batch + candidates,
             width=config.model.width,
             table_rows=table_rows,
             scored=positions * rivals,

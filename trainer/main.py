@@ -52,7 +52,7 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
     drawn = build.candidates(config, dataset.table_rows, vocabulary, world)
     model = build.recommender(config, dataset.table_rows, world)
     looked_up = build.candidate_count(config, dataset.table_rows, world)
-    plan = plan_table(model, config.embedding, world, config.data.batch_tokens, looked_up)
+    plan = plan_table(model, config.embedding, world, config.data.tokens_a_batch, looked_up)
     if world.is_main:
         print("\n".join(describe_plan(plan, config.embedding, world)), flush=True)
     if config.dry_run:

@@ -40,6 +40,8 @@ TABLE_OPTIMIZERS = {
     "cpu": ("rowwise_adagrad", "adagrad", "sgd"),
     "cuda": ("adam", "partial_rowwise_adam", "rowwise_adagrad", "adagrad", "sgd"),
 }
+# embedding.learning_rate=null, as chosen on validation data (docs/experiments.md).
+TABLE_RATES = {"adam": 2e-3, "partial_rowwise_adam": 2e-3, "rowwise_adagrad": 0.04}
 KERNELS = {
     "none": EmbeddingComputeKernel.FUSED,
     "uvm": EmbeddingComputeKernel.FUSED_UVM,
@@ -76,6 +78,17 @@ def table_optimizer(name: str, device: torch.device) -> str:
             f"it is one of auto, {', '.join(allowed)}"
         )
     return name
+
+
+def table_learning_rate(config: TableConfig, optimizer: str) -> float:
+    """What `embedding.learning_rate` stands for. Raises InputError where null has no meaning."""
+    rate = config.learning_rate or TABLE_RATES.get(optimizer)
+    if rate is None:
+        raise InputError(
+            f"embedding.optimizer={optimizer} has no default learning rate; set "
+            "embedding.learning_rate"
+        )
+    return rate
 
 
 def plan_table(
@@ -220,14 +233,15 @@ def table_kernels(model: DistributedModelParallel) -> list[SplitTableBatchedEmbe
 
 
 def _fused_optimizer(name: str, config: TableConfig) -> tuple[type, dict[str, Any]]:
+    rate = table_learning_rate(config, name)
     adam = {
-        "lr": config.learning_rate,
+        "lr": rate,
         "beta1": config.beta1,
         "beta2": config.beta2,
         "eps": config.eps,
         "weight_decay": 0.0,
     }
-    plain = {"lr": config.learning_rate, "eps": config.eps}
+    plain = {"lr": rate, "eps": config.eps}
     match name:
         case "adam":
             return Adam, adam
@@ -238,7 +252,7 @@ def _fused_optimizer(name: str, config: TableConfig) -> tuple[type, dict[str, An
         case "adagrad":
             return Adagrad, plain
         case _:
-            return SGD, {"lr": config.learning_rate}
+            return SGD, {"lr": rate}
 
 
 def _adamw(

@@ -37,6 +37,7 @@ def stepper_of(world: World, *overrides: str) -> Stepper:
         "trainer.device=cuda",
         "trainer.precision=fp32",
         "embedding.optimizer=adam",
+        "embedding.learning_rate=1e-3",
         "trainer.weight_decay=0.1",
         *overrides,
     )

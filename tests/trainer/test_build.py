@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data.errors import InputError
+from data.packing import default_batch_tokens
 from data.reader import HistoryDataset
 from data.vocabulary import Vocabulary
 from tests.data.datasets import random_histories, write_dataset
@@ -30,6 +31,35 @@ def test_max_history_bounds_training_and_evaluation_alike(tmp_path, one_rank):
         assert max(int(one.offsets_B1.diff().max()) for one in batches) == 4
 
 
+def test_batch_and_table_rate_follow_from_data_and_optimizer(tmp_path, one_rank):
+    folder = write_dataset(tmp_path / "short", random_histories(users=30, longest=20, items=9))
+    dataset = HistoryDataset(folder)
+    resolved = build.resolve(composed(f"data.path={folder}"), one_rank, dataset)
+    assert resolved.data.batch_tokens == 2048
+    assert resolved.embedding.learning_rate == 0.04  # of the CPU's rowwise_adagrad
+    given = ["data.batch_tokens=99", "embedding.learning_rate=0.5", "embedding.optimizer=sgd"]
+    resolved = build.resolve(composed(f"data.path={folder}", *given), one_rank, dataset)
+    assert (resolved.data.batch_tokens, resolved.embedding.learning_rate) == (99, 0.5)
+    plain = composed(f"data.path={folder}", "embedding.optimizer=sgd")
+    with pytest.raises(InputError, match=r"optimizer=sgd has no default learning rate; set"):
+        build.resolve(plain, one_rank, dataset)
+
+
+@pytest.mark.parametrize(
+    ("epoch_tokens", "longest", "expected"),
+    [
+        (981_491, 2_275, 16_384),  # MovieLens-1M
+        (131_413, 201, 2_048),  # Amazon Beauty
+        (10, 1, 2_048),
+        (10**12, 500, 16_384),
+        (10**6, 16_385, 32_768),  # a history needs it
+        (10**6, 300_000, 16_384),  # and is refused, cut or truncated as the config says
+    ],
+)
+def test_default_batch(epoch_tokens, longest, expected):
+    assert default_batch_tokens(epoch_tokens, longest) == expected
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path, one_rank):
     folder = write_dataset(tmp_path, [[8], [9]])
     dataset, cuda = HistoryDataset(folder), replace(one_rank, device=torch.device("cuda", 0))
@@ -40,8 +70,11 @@ def test_what_cannot_be_trained_is_refused(tmp_path, one_rank):
 
     refused(r"has no user with two training events.*; convert a larger log or lower", one_rank)
     refused(r"model\.head=8 has no CUDA kernel; it is one of 16, 32, 64, 128", cuda, "model.head=8")
+    refused(r"model\.conv=5 has no CUDA kernel; it is one of 1, 2, 3, 4", cuda, "model.conv=5")
     for name in ("auto", "adam"):
         options = [f"embedding.optimizer={name}", "embedding.dtype=fp16"]
         refused(rf"optimizer={name} is adam here.*; use partial_rowwise_adam", cuda, *options)
     with pytest.raises(InputError, match=r"no test target with a history.*; convert the log with"):
-        build.evaluation_batches(composed(f"data.path={folder}"), dataset, "test", one_rank)
+        build.evaluation_batches(
+            composed(f"data.path={folder}", "data.batch_tokens=64"), dataset, "test", one_rank
+        )

@@ -46,7 +46,7 @@ def _measure(bench: Bench, name: str, config: Config) -> None:
     drawn = build.candidates(config, dataset.table_rows, vocabulary, bench.world)
     with build.training_steps(config, dataset, drawn, bench.world, RunState()) as steps:
         step = next(steps)
-        each = max(20, bench.size(4_194_304, 1_048_576, 0) // config.data.batch_tokens)
+        each = max(20, bench.size(4_194_304, 1_048_576, 0) // config.data.tokens_a_batch)
         times = bench.timer.steps(lambda: next(steps), warm_up=6, each=each, groups=5)
     batch = step.batch
     written = sum(

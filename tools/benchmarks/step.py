@@ -59,7 +59,7 @@ def assemble(bench: Bench, config: Config, stack: ExitStack) -> tuple[Stepper, T
     drawn = build.candidates(config, dataset.table_rows, Vocabulary.read(dataset.folder), world)
     model = build.recommender(config, dataset.table_rows, world)
     looked_up = build.candidate_count(config, dataset.table_rows, world)
-    plan = plan_table(model, config.embedding, world, config.data.batch_tokens, looked_up)
+    plan = plan_table(model, config.embedding, world, config.data.tokens_a_batch, looked_up)
     sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
     steps = stack.enter_context(build.training_steps(config, dataset, drawn, world, RunState()))
     return Stepper(sharded, config.trainer, world, config.seed), steps
