@@ -74,7 +74,7 @@ def process_group(device: str) -> Iterator[World]:
 
 
 def _leave() -> None:
-    gc.collect()  # DDP and TorchRec's modules are cycles
+    gc.collect()  # TorchRec's modules are cycles
     dist.destroy_process_group()
 
 

@@ -140,7 +140,8 @@ def test_an_offloaded_table_is_the_one_in_memory(world, tmp_path, offload, optim
         run = Stepper(run.sharded, run.config, world, SEED)  # which reads the count of updates
         for number, step in enumerate(steps):
             run.take(step, number)
-        torch.testing.assert_close(rows_of(run, every), further, rtol=1e-3, atol=1e-4)
+        # Twelve updates of up to 0.05 an element, where sums of another order begin to show.
+        torch.testing.assert_close(rows_of(run, every), further, rtol=1e-3, atol=5e-4)
 
 
 def assert_rows_equal(run: Stepper, expected: torch.Tensor) -> None:
