@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# Imported after the group is made (DDP does), they would keep it in default arguments for ever.
+# Imported after the group is made, they would keep it in default arguments for ever.
 import torch.distributed.nn.functional
 import torch.distributed.optim
 
