@@ -3,7 +3,8 @@
 Legend: T tokens, E inner width, D model width, F = 4 D, O columns of a product.
 
 A reference computes in fp32 (fp64 for fp64 inputs) and rounds once, to the dtype it returns, as the
-kernels do. TorchScript runs the references on every device.
+kernels do. TorchScript runs the references on every device. `project_residual` is no kernel but a
+product whose backward saves a pass.
 """
 
 import torch
@@ -198,6 +199,8 @@ class _ProjectResidual(torch.autograd.Function):
         with torch.autocast(x_TD.device.type, enabled=False):
             dweight_OD = dout_TO.t() @ x_TD.to(dout_TO.dtype)
             if dx_TD.dtype == dout_TO.dtype and dx_TD.is_contiguous():
+                # `residual_norm` gives one tensor as both its gradients. The other one's reader
+                # is done: its branch began at this projection.
                 dx_TD.addmm_(dout_TO, weight_OD)
             else:
                 dx_TD = dx_TD + dout_TO @ weight_OD

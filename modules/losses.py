@@ -97,9 +97,12 @@ class SampledSoftmax(nn.Module):
         logsumexp: LogSumExp = candidate_logsumexp,
     ) -> None:
         super().__init__()
-        self.communicates = False  # all is on this rank
         self.negatives, self.in_batch, self.logq = negatives, in_batch, logq
         self.logsumexp = logsumexp
+
+    @property
+    def communicates(self) -> bool:
+        return False
 
     def forward(
         self,

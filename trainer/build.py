@@ -60,7 +60,9 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
     if precision == "auto":
         precision = "bf16" if world.device.type == "cuda" else "fp32"
     if data.batch_tokens is None:
-        data = replace(data, batch_tokens=batch_tokens_for(data, dataset.n_train_U))
+        tokens = batch_tokens_for(data, dataset.n_train_U)
+        most = None if data.max_history is None else min(data.max_history, tokens)
+        data = replace(data, batch_tokens=tokens, max_history=most)
         config = replace(config, data=data)
     sequences = data.max_sequences
     if sequences is None:
@@ -81,9 +83,9 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
 
 def batch_tokens_for(data: DataConfig, n_train_U: np.ndarray) -> int:
     """What `data.batch_tokens=null` stands for, whatever the number of ranks."""
-    longest = max(int(n_train_U.max(initial=0)) - 1, 1)
+    longest = int(n_train_U.max(initial=0)) + 1  # with what evaluation adds
     if data.max_history is not None:
-        longest = data.max_history
+        longest = min(longest, data.max_history)
     rule = SampleRule(OBJECTIVES[data.samples], longest, "truncate")
     return default_batch_tokens(int(rule.tokens_a_user(n_train_U).sum()), longest)
 

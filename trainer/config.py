@@ -172,7 +172,7 @@ def _check_values(config: Config) -> None:
         ("model.head", model.head, 1),
         ("model.expand", model.expand, 1),
         ("model.conv", model.conv, 1),
-        ("data.batch_tokens", data.batch_tokens or 2, 2),
+        ("data.batch_tokens", 2 if data.batch_tokens is None else data.batch_tokens, 2),
         ("data.max_sequences", data.max_sequences or 1, 1),
         ("data.max_history", 1 if data.max_history is None else data.max_history, 1),
         ("data.overlap_tokens", data.overlap_tokens, 0),
@@ -236,7 +236,8 @@ def _check_combinations(config: Config) -> None:
         )
     if data.long_history == "windows" and data.samples == "prefixes":
         raise InputError("data.long_history=windows is for data.samples=histories; use truncate")
-    limit, tokens = "data.batch_tokens", data.batch_tokens or math.inf
+    limit = "data.batch_tokens"
+    tokens = math.inf if data.batch_tokens is None else data.batch_tokens
     if data.max_history is not None:
         if data.max_history > tokens:
             raise InputError(

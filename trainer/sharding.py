@@ -40,7 +40,8 @@ TABLE_OPTIMIZERS = {
     "cpu": ("rowwise_adagrad", "adagrad", "sgd"),
     "cuda": ("adam", "partial_rowwise_adam", "rowwise_adagrad", "adagrad", "sgd"),
 }
-# embedding.learning_rate=null, as chosen on validation data (docs/experiments.md).
+# embedding.learning_rate=null: Adam's as in docs/experiments.md, partial_rowwise_adam's after it,
+# Adagrad's as the demo trains with.
 TABLE_RATES = {"adam": 2e-3, "partial_rowwise_adam": 2e-3, "rowwise_adagrad": 0.04}
 KERNELS = {
     "none": EmbeddingComputeKernel.FUSED,

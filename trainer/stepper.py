@@ -38,9 +38,14 @@ class Stepper:
     ranks, as is done here for the dense ones, so this rank's part of the global mean is weighted by
     the number of ranks.
 
-    On CUDA, with `trainer.cuda_graphs`, the dense update is a CUDA graph, and so is all between
-    rows and gradients unless the loss communicates; they are captured at the first step.
+    On CUDA, with `trainer.cuda_graphs`, all between rows and gradients is a CUDA graph, and the
+    dense update another; they are captured at the first step. With a loss that communicates there
+    is neither: the second reads gradients where the first leaves them.
     """
+
+    _batch: SequenceBatch
+    _rows: tuple[Tensor, Tensor]
+    _gradients: list[Tensor]  # of the dense parameters
 
     def __init__(self, sharded: Sharded, config: TrainerConfig, world: World, seed: int) -> None:
         self.sharded, self.config, self.world, self.seed = sharded, config, world, seed
@@ -51,24 +56,25 @@ class Stepper:
         # FBGEMM's Adam counts every lookup as an update, those of an evaluation too.
         self._tables = table_kernels(sharded.model)
         self._updates = max((int(one.iter) for one in self._tables), default=0)
-        graphs = config.cuda_graphs and world.device.type == "cuda"
-        self._captures_update = graphs
-        self._captures_gradients = graphs and not sharded.recommender.loss.communicates
-        self._compiled = False
+        on_gpu, alone = world.device.type == "cuda", not sharded.recommender.loss.communicates
+        self._captures = config.cuda_graphs and on_gpu and alone
+        self._compiles = on_gpu
         self._replay_gradients: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
         self._replay_update: Callable[[], Tensor | None] | None = None
 
     def take(self, step: Step, number: int) -> Outcome:
         """Step `number` of the run, counted from 0."""
         rate = self._set_rates(number, step.progress)
-        seed_step(self.seed, number, self.world)
         self._place(step.batch)
         for table in self._tables:
             table.iter_cpu.fill_(self._updates)
         rows = self.sharded.recommender.table(self._batch.features)
-        loss, row_gradients = self._gradients(rows)
+        self._place_rows(rows)
+        seed_step(self.seed, number, self.world)
+        loss, *row_gradients = (self._replay_gradients or self._differentiate)()
+        self._average()
         loss = loss.clone()  # a graph's next replay writes in the same place
-        if self.config.nonfinite == "skip" and not self._finite(loss, row_gradients):
+        if self.config.nonfinite == "skip" and not self._finite([loss, *row_gradients]):
             return Outcome(torch.zeros_like(loss), None, rate, skipped=True)
         torch.autograd.backward(rows, row_gradients)
         self._updates += 1
@@ -87,43 +93,35 @@ class Stepper:
         return self.config.learning_rate * share
 
     def _place(self, batch: SequenceBatch) -> None:
-        """Bring the batch to the device, once there is a graph into the tensors that it reads."""
+        """Bring the batch to the device: into the graph's own tensors, where there is a graph."""
         if self._replay_gradients is None:
             self._batch = batch.to(self.world.device, non_blocking=True)
         else:
             self._batch.overwrite(batch)
 
-    def _gradients(self, rows: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(loss, gradients to the rows); leaves the dense gradients, averaged over ranks."""
-        if self._replay_gradients is None:
-            self._rows = (rows[0].detach().requires_grad_(), rows[1].detach().requires_grad_())
-            if not self._compiled:
-                self._compile()
-            if self._captures_gradients:
-                self._replay_gradients = captured(self._differentiate)
-        else:
+    def _place_rows(self, rows: tuple[Tensor, Tensor]) -> None:
+        """Take the rows as leaves of their own, as `_place` does; compile and capture at first."""
+        if self._replay_gradients is not None:
             with torch.no_grad():
                 for own, one in zip(self._rows, rows, strict=True):
                     own.copy_(one)
-        differentiate = self._replay_gradients or self._differentiate
-        loss, dx_TD, dc_CD = differentiate()
-        self._average()
-        return loss, (dx_TD, dc_CD)
-
-    def _compile(self) -> None:
-        if self.world.device.type == "cuda":
+            return
+        self._rows = (rows[0].detach().requires_grad_(), rows[1].detach().requires_grad_())
+        if self._compiles:
             from modules.kernels.compile import compile_ahead  # Triton comes with a GPU
 
             compile_ahead(self._differentiate)
-        self._compiled = True
+            self._compiles = False
+        if self._captures:
+            self._replay_gradients = captured(self._differentiate)
 
     def _differentiate(self) -> tuple[Tensor, Tensor, Tensor]:
         """(the sum of this rank's losses, gradients to both kinds of rows), and dense gradients."""
         dense = self.sharded.dense_parameters
         loss = self.sharded.recommender.loss_of_rows(*self._rows, self._batch)
         weighted = loss * (self.world.size / self._batch.step_targets)
-        dx_TD, dc_CD, *gradients = torch.autograd.grad(weighted, [*self._rows, *dense])
-        for parameter, gradient in zip(dense, gradients, strict=True):
+        dx_TD, dc_CD, *self._gradients = torch.autograd.grad(weighted, [*self._rows, *dense])
+        for parameter, gradient in zip(dense, self._gradients, strict=True):
             parameter.grad = gradient
         return loss.detach(), dx_TD, dc_CD
 
@@ -131,27 +129,25 @@ class Stepper:
         """The mean of the dense gradients over ranks, in place: one collective a step."""
         if self.world.size == 1:
             return
-        gradients = self._dense_gradients()
-        flat = torch.cat([one.flatten() for one in gradients])
+        flat = torch.cat([one.flatten() for one in self._gradients])
         dist.all_reduce(flat)
         flat /= self.world.size
-        parts = flat.split([one.numel() for one in gradients])
-        for one, part in zip(gradients, parts, strict=True):
+        parts = flat.split([one.numel() for one in self._gradients])
+        for one, part in zip(self._gradients, parts, strict=True):
             one.copy_(part.view_as(one))
 
-    def _finite(self, loss: Tensor, row_gradients: tuple[Tensor, Tensor]) -> bool:
-        """Whether all is finite on every rank. Collective, and waits for the device."""
-        values = [loss, *row_gradients, *self._dense_gradients()]
-        finite = torch.stack([torch.isfinite(one).all() for one in values]).all().float()
+    def _finite(self, values: list[Tensor]) -> bool:
+        """Whether these, the dense gradients and their norm are finite on every rank. Collective,
+        and waits for the device."""
+        norm = torch.nn.utils.get_total_norm(self._gradients)
+        finite = torch.stack([torch.isfinite(one).all() for one in (*values, norm)]).all().float()
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         return bool(finite)
 
-    def _dense_gradients(self) -> list[Tensor]:
-        return [one.grad for one in self.sharded.dense_parameters if one.grad is not None]
-
     def _update(self) -> Tensor | None:
         """Clip, and move the dense parameters; the norm before clipping."""
-        if self._captures_update and self._replay_update is None:
+        if self._captures and self._replay_update is None:
+            self._make_state()
             self._replay_update = captured(self._move, self._moved())
         return (self._replay_update or self._move)()
 
@@ -164,24 +160,25 @@ class Stepper:
         return norm
 
     def _moved(self) -> list[Tensor]:
-        """What `_move` changes. AdamW makes its state at its first step: here, if it has none."""
-        parameters, gradients = self.sharded.dense_parameters, self._dense_gradients()
-        kept = [one.detach().clone() for one in (*parameters, *gradients)]
-        fresh = not self._dense_optimizers[0].state
-        if fresh:
-            self._move()
-        values = [one.detach() for one in (*parameters, *gradients)]
-        for one, value in zip(values, kept, strict=True):
+        """What `_move` changes."""
+        parameters = [one.detach() for one in self.sharded.dense_parameters]
+        return [*parameters, *self._gradients, *self._states()]
+
+    def _states(self) -> list[Tensor]:
+        states = [state for one in self._dense_optimizers for state in one.state.values()]
+        return [value for state in states for value in state.values()]
+
+    def _make_state(self) -> None:
+        """Give AdamW, which makes its state at its first step, one of zeros if it has none."""
+        if self._states():
+            return
+        changed = self._moved()
+        kept = [one.clone() for one in changed]
+        self._move()
+        for one, value in zip(changed, kept, strict=True):
             one.copy_(value)
-        states = [
-            value
-            for optimizer in self._dense_optimizers
-            for state in optimizer.state.values()
-            for value in state.values()
-        ]
-        for value in states if fresh else ():
+        for value in self._states():
             value.zero_()
-        return [*values, *states]
 
 
 def schedule_share(schedule: str, warmup_steps: int, step: int, progress: float) -> float:

@@ -37,6 +37,9 @@ def test_batch_and_table_rate_follow_from_data_and_optimizer(tmp_path, one_rank)
     resolved = build.resolve(composed(f"data.path={folder}"), one_rank, dataset)
     assert resolved.data.batch_tokens == 2048
     assert resolved.embedding.learning_rate == 0.04  # of the CPU's rowwise_adagrad
+    far = composed(f"data.path={folder}", "data.max_history=100000", "data.long_history=truncate")
+    resolved = build.resolve(far, one_rank, dataset)
+    assert (resolved.data.batch_tokens, resolved.data.max_history) == (2048, 2048)
     given = ["data.batch_tokens=99", "embedding.learning_rate=0.5", "embedding.optimizer=sgd"]
     resolved = build.resolve(composed(f"data.path={folder}", *given), one_rank, dataset)
     assert (resolved.data.batch_tokens, resolved.embedding.learning_rate) == (99, 0.5)

@@ -41,6 +41,7 @@ def test_small_numbers_in_yaml_are_numbers():
         ("model=bidirectional", "train it with data=prefixes"),
         ("data.max_history=0", "data.max_history=0 is below its least value 1"),
         ("data.batch_tokens=1", "data.batch_tokens=1 is below its least value 2"),
+        ("data.batch_tokens=0", "data.batch_tokens=0 is below its least value 2"),
         ("loss.kind=sampled", "loss.negatives=0 with loss.kind=sampled; draw at least 1, or 0"),
         ("trainer.learning_rate=0", "trainer.learning_rate=0.0 must be above 0"),
         ("trainer.monitor=test.filtered.hr@10", "is no validation figure"),
