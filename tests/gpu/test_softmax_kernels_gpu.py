@@ -139,7 +139,7 @@ def exact_loss_and_gradients(loss, inputs):
 
 @pytest.mark.parametrize("kind", ["full", "sampled"])
 def test_a_captured_loss_follows_new_inputs(kind):
-    """Captured as `Recommender.capture` does it."""
+    """Forward and backward in graphs of their own, which replay apart."""
     fused, reference, inputs = loss_inputs(kind, seed=1)
     sample = [t.clone().requires_grad_(place in (0, 2)) for place, t in enumerate(inputs)]
     captured = torch.cuda.make_graphed_callables(Core(fused), tuple(sample))

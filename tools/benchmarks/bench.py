@@ -13,6 +13,7 @@ from tools.benchmarks.measure import PRECISIONS, Ceilings, Floor, Timer, Times, 
 from tools.benchmarks.report import HEADER, print_row
 from trainer.config import Config, ModelConfig
 from trainer.distributed import World
+from trainer.graphs import captured
 
 
 class UnavailableError(Exception):
@@ -106,17 +107,7 @@ class Bench:
         """
         if not (wanted and self.on_gpu):
             return call
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on meanwhile: the loader pins memory.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            call()
-        return graph.replay
+        return captured(call)
 
     def record(
         self,
