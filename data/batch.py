@@ -33,6 +33,7 @@ class SequenceBatch(Pipelineable):
         Unused ones point at token 0 and have no target.
     log_counts_C: float32, log of each candidate's expected count among the draws (the logQ
         correction), or None where every item is a candidate once.
+    items_T: int64, the history's items as they are, unmasked.
     step_targets: float32 scalar, the number of targets in this step's batches of all ranks.
     """
 
@@ -41,6 +42,7 @@ class SequenceBatch(Pipelineable):
     targets_S: Tensor
     read_positions_S: Tensor | None
     log_counts_C: Tensor | None
+    items_T: Tensor
     step_targets: Tensor
 
     @classmethod
@@ -52,9 +54,13 @@ class SequenceBatch(Pipelineable):
         targets_S: Tensor,
         read_positions_S: Tensor | None = None,
         log_counts_C: Tensor | None = None,
+        items_T: Tensor | None = None,
         step_targets: float = 0.0,
     ) -> "SequenceBatch":
-        """A batch from int64 id vectors; see the class for what each holds."""
+        """A batch from int64 id vectors; see the class for what each holds.
+
+        items_T: where they are not history_T itself.
+        """
         counts = (history_T.numel(), candidates_C.numel())
         samples = max(1, -(-max(counts) // IDS_A_SAMPLE))
         features = KeyedJaggedTensor(
@@ -65,7 +71,8 @@ class SequenceBatch(Pipelineable):
             length_per_key=list(counts),  # else TorchRec reads it from the device, and waits
         )
         total = torch.tensor(step_targets, dtype=torch.float32)
-        return cls(features, offsets_B1, targets_S, read_positions_S, log_counts_C, total)
+        items_T = history_T if items_T is None else items_T
+        return cls(features, offsets_B1, targets_S, read_positions_S, log_counts_C, items_T, total)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SequenceBatch":
         return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))

@@ -203,13 +203,18 @@ class Bundle:
         k: int,
         excluded: tuple[Tensor, Tensor] | None = None,
         allowed_V: Tensor | None = None,
+        seen: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`score` for states of users with an event, who have no history here: what a user has
-        seen is left out only where `excluded` names it, in pairs (item, user)."""
+        """`score` for states of users with an event, who have no history here.
+
+        excluded, seen: pairs (item, user) that are left out, and pairs that are recommended as
+        repeats. What a user has seen belongs in one of them.
+        """
         items_N, users_N = self._here(excluded)
         h_UD = state_UF[:, state_UF.shape[1] - self.model.width :].to(self.device)
         allowed_V = None if allowed_V is None else allowed_V.to(self.device)
-        return self._answer(*self.model.top(h_UD, k, items_N, users_N, allowed_V))
+        pairs = items_N, users_N, allowed_V, *self._here(seen)
+        return self._answer(*self.model.top(h_UD, k, *pairs))
 
     def _here(self, pairs: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         nothing = torch.zeros(0, dtype=torch.int64)

@@ -27,8 +27,8 @@ class EvaluationBatch:
     """Evaluated targets with their histories.
 
     batch: reads each sequence's last token; targets_S are the evaluated items.
-    seen_items_N, seen_sequence_N: int64 pairs of a distinct item of the whole history, other than
-        the target, and its sequence: what the seen-filtered protocol excludes. N varies.
+    seen_items_N, seen_sequence_N: int64 pairs of a distinct item of the whole history and its
+        sequence: all but the target are what the seen-filtered protocol excludes. N varies.
     user_index_S: int64 number of the user in the data set, −1 where unused.
     history_length_S: int64 events before the target.
     """
@@ -155,12 +155,10 @@ class EvaluationBatches:
 
 
 def _seen(histories: Histories, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct items before each target other than itself, and their sequences: int64."""
+    """The distinct items before each target, and their sequences: int64."""
     base_M, events_M = histories.offsets_U1[samples.user_M], samples.stop_M.astype(np.int64)
     items_N = histories.items_N[concatenated_ranges(base_M, events_M)].astype(np.int64)
     sequence_N = np.repeat(np.arange(len(samples)), events_M)
-    targets_M = histories.items_N[base_M + events_M]
-    kept_N = items_N != targets_M[sequence_N]
     rows = int(items_N.max(initial=0)) + 1
-    pairs = np.unique(sequence_N[kept_N] * rows + items_N[kept_N])
+    pairs = np.unique(sequence_N * rows + items_N)
     return pairs % rows, pairs // rows

@@ -14,7 +14,7 @@ import torch
 
 from data.batch import SequenceBatch
 from data.negatives import Candidates
-from data.packing import PackOrder, Window, assemble, in_steps, mask_items, to_batch
+from data.packing import PackOrder, Window, assemble, in_steps, masked, to_batch
 from data.prefetch import NOBODY, Prefetcher, WindowReader
 from data.reader import HistoryDataset
 from data.samples import NO_SAMPLES, LongHistory, Objective, SampleRule
@@ -151,7 +151,7 @@ class TrainingSteps(Prefetcher[Step]):
             samples = pack.window.pack(pack.number)
         limits = (self.rule.batch_tokens, self.order.max_sequences)
         arrays = assemble(histories, samples, *limits, self.rule.objective == "prefix")
-        mask_items(arrays, self.mask_ratio, self.order.seed, position)
+        arrays = masked(arrays, self.mask_ratio, self.order.seed, position)
         candidates_C, log_counts_C = self.candidates.for_pack(position, arrays.targets_S)
         batch = to_batch(arrays, candidates_C, log_counts_C, step_targets)
         if pack is not None:

@@ -11,7 +11,7 @@ at another W neither repeats nor drops a pack.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -164,11 +164,12 @@ class PackOrder:
 class PackArrays:
     """One pack in the fixed shapes of `SequenceBatch`: int64 arrays, padded."""
 
-    history_T: np.ndarray
+    items_T: np.ndarray
+    history_T: np.ndarray  # the same, or with masked items
     offsets_B1: np.ndarray
     targets_S: np.ndarray
     read_positions_S: np.ndarray | None
-    tokens: int  # in use; the rest of history_T is PADDING_ROW
+    tokens: int  # in use; the rest of items_T is PADDING_ROW
 
 
 def assemble(
@@ -188,8 +189,8 @@ def assemble(
     source = concatenated_ranges(base + samples.start_M, lengths)  # of each token, in items_N
     tokens, count = len(source), len(lengths)
 
-    history_T = np.full(batch_tokens, PADDING_ROW, dtype=np.int64)
-    history_T[:tokens] = histories.items_N[source]
+    items_T = np.full(batch_tokens, PADDING_ROW, dtype=np.int64)
+    items_T[:tokens] = histories.items_N[source]
     offsets_B1 = np.full(max_sequences + 1, tokens, dtype=np.int64)
     offsets_B1[0] = 0
     np.cumsum(lengths, out=offsets_B1[1 : count + 1])
@@ -199,7 +200,7 @@ def assemble(
         targets_S[:count] = histories.items_N[base + samples.stop_M]
         read_positions_S = np.zeros(max_sequences, dtype=np.int64)
         read_positions_S[:count] = offsets_B1[1 : count + 1] - 1
-        return PackArrays(history_T, offsets_B1, targets_S, read_positions_S, tokens)
+        return PackArrays(items_T, items_T, offsets_B1, targets_S, read_positions_S, tokens)
 
     targets_S = np.full(batch_tokens, PADDING_ROW, dtype=np.int64)
     source += 1
@@ -207,7 +208,7 @@ def assemble(
     context = samples.first_target_M - samples.start_M
     if context.any():
         targets_S[concatenated_ranges(offsets_B1[:count], context)] = PADDING_ROW
-    return PackArrays(history_T, offsets_B1, targets_S, None, tokens)
+    return PackArrays(items_T, items_T, offsets_B1, targets_S, None, tokens)
 
 
 def to_batch(
@@ -223,6 +224,7 @@ def to_batch(
         torch.from_numpy(pack.targets_S),
         None if pack.read_positions_S is None else torch.from_numpy(pack.read_positions_S),
         None if log_counts_C is None else torch.from_numpy(log_counts_C),
+        torch.from_numpy(pack.items_T),
         float(step_targets),
     )
 
@@ -233,14 +235,17 @@ def in_steps(packs: Iterator[T], world_size: int) -> Iterator[list[T]]:
         yield step
 
 
-def mask_items(pack: PackArrays, mask_ratio: float, seed: int, position: int) -> None:
-    """Replace each input item by MASK_ROW with probability `mask_ratio`, in place.
+def masked(pack: PackArrays, mask_ratio: float, seed: int, position: int) -> PackArrays:
+    """The pack with each input item replaced by MASK_ROW with probability `mask_ratio`.
 
-    Keyed by the pack's position; targets were gathered before and are never masked.
+    Keyed by the pack's position. Items and targets stay as they are.
     """
-    if mask_ratio > 0:
-        draws = generator(seed, Purpose.MASKS, position).random(pack.tokens, dtype=np.float32)
-        pack.history_T[: pack.tokens][draws < mask_ratio] = MASK_ROW
+    if mask_ratio == 0:
+        return pack
+    draws = generator(seed, Purpose.MASKS, position).random(pack.tokens, dtype=np.float32)
+    history_T = pack.history_T.copy()
+    history_T[: pack.tokens][draws < mask_ratio] = MASK_ROW
+    return replace(pack, history_T=history_T)
 
 
 def _sums(values_U: np.ndarray, starts_G1: np.ndarray) -> np.ndarray:

@@ -76,9 +76,10 @@ class UserState:
         check_whole("k", k, 1)
         if not self.seen:
             return []
-        rows_N = torch.tensor(sorted(self.seen if exclude_seen else ()), dtype=torch.int64)
-        excluded = (rows_N, torch.zeros_like(rows_N))
-        rows_1K, scores_1K = self.bundle.score_states(self.numbers_1F, k, excluded, allowed_V)
+        rows_N = torch.tensor(sorted(self.seen), dtype=torch.int64)
+        pairs = (rows_N, torch.zeros_like(rows_N))
+        excluded, seen = (pairs, None) if exclude_seen else (None, pairs)
+        rows_1K, scores_1K = self.bundle.score_states(self.numbers_1F, k, excluded, allowed_V, seen)
         return _raw(self.bundle, rows_1K[0], scores_1K[0])
 
 

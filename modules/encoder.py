@@ -330,6 +330,7 @@ class Encoder(nn.Module):
     """A stack of layers of one kind, behind dropout and LayerNorm where `norm_embedding` is set.
 
     kind: "causal" | "bidirectional". `beta` and `restore_order` concern the bidirectional one.
+    `repeats`: items that a history holds get one more number in their scores (`repeat_score`).
     Linear weights start as N(0, 0.02), biases as 0.
 
     The residual stream, what runs from one LayerNorm to the next, has the dtype of the products:
@@ -352,6 +353,7 @@ class Encoder(nn.Module):
         norm_embedding: bool,
         beta: float = 0.1,
         restore_order: bool = False,
+        repeats: bool = False,
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -370,6 +372,8 @@ class Encoder(nn.Module):
             )
             for _ in range(layers)
         )
+        self.repeats = repeats
+        self.repeat = nn.Linear(width, 1) if repeats else nn.Identity()
         self.causal, self.width = kind == "causal", width
         inner = expand * width
         self.conv_sizes = [conv - 1, inner + 2 * state]
@@ -398,6 +402,14 @@ class Encoder(nn.Module):
             else:
                 x_TD = layer(x_TD, offsets_B1, position_T, reversed_T, read_positions_S, dtype)
         return x_TD
+
+    @torch.jit.export
+    def repeat_score(self, h_SD: Tensor) -> Tensor:
+        """What an item that the history holds already scores more than h . row, fp32 [S].
+
+        Only with `repeats`.
+        """
+        return self.repeat(h_SD).squeeze(1).float()
 
     @torch.jit.export
     def step(self, x_BD: Tensor, state_BF: Tensor) -> tuple[Tensor, Tensor]:

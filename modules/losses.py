@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules.collectives import all_gather, all_to_all, world_size
+from modules.repeats import Histories, Repeats
 
 LOGIT_BYTES = 256 * 1024 * 1024
 LogSumExp = Callable[..., tuple[Tensor, Tensor]]
@@ -30,16 +31,18 @@ def candidate_logsumexp(
     candidates_C: Tensor | None = None,
     targets_N: Tensor | None = None,
     place_N: Tensor | None = None,
+    repeats: Repeats | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(log sum_c exp(h . c + bias_c), the logit at `place_N`), fp32 [N] each.
+    """(log sum_c exp(logit_c), the logit at `place_N`), fp32 [N] each.
 
+    logit_c is h . c + bias_c, and the position's repeat score more where its history holds c.
     With `candidates_C` and `targets_N` a candidate that is the position's own target is left out
     of the sum. `place_N` is the target's place among the candidates; where it is none of 0 to
     C - 1, or not given, the second answer is 0. Products are taken in the autocast dtype.
     """
     if h_ND.is_cuda:
-        return logsumexp_fused(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N)
-    return logsumexp_reference(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N)
+        return logsumexp_fused(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, repeats)
+    return logsumexp_reference(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, repeats)
 
 
 class FullSoftmax(nn.Module):
@@ -47,11 +50,16 @@ class FullSoftmax(nn.Module):
 
     This rank's candidates are table rows `rank * C` to `rank * C + C - 1`; rows below
     RESERVED_ROWS and the padding behind the table's end are no items.
+
+    smoothing: weight of a uniform target over all items beside the real one (label smoothing,
+    Szegedy et al., CVPR 2016); repeat scores are left out of it.
     """
 
-    def __init__(self, rank: int, logsumexp: LogSumExp = candidate_logsumexp) -> None:
+    def __init__(
+        self, rank: int, logsumexp: LogSumExp = candidate_logsumexp, smoothing: float = 0.0
+    ) -> None:
         super().__init__()
-        self.rank, self.logsumexp = rank, logsumexp
+        self.rank, self.logsumexp, self.smoothing = rank, logsumexp, smoothing
 
     @property
     def communicates(self) -> bool:
@@ -65,6 +73,7 @@ class FullSoftmax(nn.Module):
         c_CD: Tensor,
         candidates_C: Tensor,
         log_counts_C: Tensor | None,
+        histories: Histories | None = None,
     ) -> Tensor:
         """The sum of the losses of this rank's targets, fp32 scalar."""
         h_ND = all_gather(h_SD)
@@ -73,11 +82,25 @@ class FullSoftmax(nn.Module):
         bias_C = bias_C.masked_fill(candidates_C < RESERVED_ROWS, -torch.inf)
         place_N = targets_N - self.rank * candidates_C.numel()
         place_N = place_N.where(targets_N != PADDING_ROW, -1)
-        lse_N, target_N = self.logsumexp(h_ND, c_CD, bias_C, place_N=place_N)
+        repeats = None
+        if histories is not None:
+            first_row = self.rank * candidates_C.numel()
+            repeats = histories.gathered().repeats_of_slice(first_row, candidates_C.numel())
+        lse_N, target_N = self.logsumexp(h_ND, c_CD, bias_C, place_N=place_N, repeats=repeats)
+        if self.smoothing:
+            target_N = (1.0 - self.smoothing) * target_N
+            target_N = target_N + self.smoothing * self._mean_logit(h_ND, c_CD, candidates_C)
         lse_WS = all_to_all(lse_N).view(world_size(), -1)
         lse_S = torch.logsumexp(lse_WS, dim=0) if len(lse_WS) > 1 else lse_WS[0]
         target_S = all_to_all(target_N).view(world_size(), -1).sum(0)
         return (lse_S - target_S).where(targets_S != PADDING_ROW, 0.0).sum()
+
+    def _mean_logit(self, h_ND: Tensor, c_CD: Tensor, candidates_C: Tensor) -> Tensor:
+        """This slice's part of the mean of h . c over all items, fp32 [N]."""
+        item_C = (candidates_C >= RESERVED_ROWS).to(torch.float32)
+        items = all_gather(item_C.sum().view(1)).sum()
+        with torch.autocast(h_ND.device.type, enabled=False):
+            return h_ND.float() @ ((item_C @ c_CD.float()) / items)
 
 
 class SampledSoftmax(nn.Module):
@@ -111,6 +134,7 @@ class SampledSoftmax(nn.Module):
         c_CD: Tensor,
         candidates_C: Tensor,
         log_counts_C: Tensor | None,
+        histories: Histories | None = None,
     ) -> Tensor:
         """The sum of the losses of this rank's targets, fp32 scalar."""
         if log_counts_C is None:
@@ -118,6 +142,8 @@ class SampledSoftmax(nn.Module):
         own_SD = c_CD[self.negatives :]
         kind = _accumulator(h_SD)
         target_S = (h_SD.to(kind) * own_SD.to(kind)).sum(-1)
+        if histories is not None:
+            target_S = target_S + histories.score_of(targets_S)
         if not self.in_batch:
             c_CD = c_CD[: self.negatives]
             candidates_C, log_counts_C = (
@@ -126,7 +152,8 @@ class SampledSoftmax(nn.Module):
             )
         bias_C = -log_counts_C if self.logq else torch.zeros_like(log_counts_C)
         bias_C = bias_C.masked_fill(candidates_C < RESERVED_ROWS, -torch.inf)
-        lse_S, _ = self.logsumexp(h_SD, c_CD, bias_C, candidates_C, targets_S)
+        repeats = None if histories is None else histories.repeats_of(candidates_C)
+        lse_S, _ = self.logsumexp(h_SD, c_CD, bias_C, candidates_C, targets_S, repeats=repeats)
         return F.softplus(lse_S - target_S).where(targets_S != PADDING_ROW, 0.0).sum()
 
 
@@ -137,6 +164,7 @@ def logsumexp_reference(
     candidates_C: Tensor | None = None,
     targets_N: Tensor | None = None,
     place_N: Tensor | None = None,
+    repeats: Repeats | None = None,
     logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """`candidate_logsumexp` in PyTorch, fp64 for fp64 inputs; at most `logit_bytes` of logits.
@@ -146,7 +174,10 @@ def logsumexp_reference(
     """
     h_ND, c_CD = _product_dtype(h_ND, c_CD)
     chunk = max(1, logit_bytes // (4 * max(1, c_CD.shape[0])))
-    return _CandidateLogSumExp.apply(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, chunk)
+    ids = candidates_C, targets_N, place_N
+    return _CandidateLogSumExp.apply(
+        h_ND, c_CD, bias_C, *ids, *(repeats or (None, None, None, None)), chunk
+    )
 
 
 def logsumexp_fused(
@@ -156,12 +187,14 @@ def logsumexp_fused(
     candidates_C: Tensor | None = None,
     targets_N: Tensor | None = None,
     place_N: Tensor | None = None,
+    repeats: Repeats | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`candidate_logsumexp` on Triton, bf16 or fp32 products: no logits in memory."""
     from modules.kernels.softmax import candidate_logsumexp_triton  # Triton comes with a GPU
 
     h_ND, c_CD = _product_dtype(h_ND, c_CD)
-    return candidate_logsumexp_triton(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N)
+    ids = candidates_C, targets_N, place_N
+    return candidate_logsumexp_triton(h_ND, c_CD, bias_C, *ids, *(repeats or ()))
 
 
 def _product_dtype(h_ND: Tensor, c_CD: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,20 +208,25 @@ def _product_dtype(h_ND: Tensor, c_CD: Tensor) -> tuple[Tensor, Tensor]:
 class _CandidateLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, first_ZC, sequence_N,
+        token_N, score_N, chunk: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        repeats = None if score_N is None else Repeats(first_ZC, sequence_N, token_N, score_N)
         lse_N = h_ND.new_empty(h_ND.shape[0], dtype=_accumulator(h_ND))
         target_N = torch.zeros_like(lse_N)
         logits = None
         for rows in _chunks(h_ND.shape[0], chunk):
-            logits = _logits(h_ND[rows], c_CD, bias_C)
+            logits = _logits(h_ND[rows], c_CD, bias_C, repeats, rows)
             if place_N is not None:
                 here, place = _within(place_N[rows], c_CD.shape[0])
                 target_N[rows] = logits.gather(1, place[:, None])[:, 0].where(here, 0.0)
             _leave_out_hits(logits, candidates_C, targets_N, rows)
             lse_N[rows] = torch.logsumexp(logits, dim=-1)
         kept = logits if h_ND.shape[0] <= chunk else None
-        ctx.save_for_backward(h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, lse_N, kept)
+        ctx.save_for_backward(
+            h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, first_ZC, sequence_N, token_N,
+            score_N, lse_N, kept,
+        )  # fmt: skip
         ctx.chunk = chunk
         return lse_N, target_N
 
@@ -196,24 +234,31 @@ class _CandidateLogSumExp(torch.autograd.Function):
     def backward(
         ctx: Any, gradient_N: Tensor, target_gradient_N: Tensor
     ) -> tuple[Tensor | None, ...]:
-        h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, lse_N, kept = ctx.saved_tensors
+        h_ND, c_CD, bias_C, candidates_C, targets_N, place_N, *repeated, lse_N, kept = (
+            ctx.saved_tensors
+        )
+        repeats = None if repeated[-1] is None else Repeats(*repeated)
+        dscore_N = None if repeats is None else torch.empty_like(repeats.score_N)
         dh_ND = torch.empty_like(h_ND)
         dc_CD = torch.zeros_like(c_CD, dtype=lse_N.dtype)
         lse_N = lse_N.nan_to_num(neginf=0.0)  # no rivals at all: every weight is exp(-inf) = 0
         for rows in _chunks(h_ND.shape[0], ctx.chunk):
             logits = kept
             if logits is None:
-                logits = _logits(h_ND[rows], c_CD, bias_C)
+                logits = _logits(h_ND[rows], c_CD, bias_C, repeats, rows)
                 _leave_out_hits(logits, candidates_C, targets_N, rows)
             weights = (logits - lse_N[rows, None]).exp_().mul_(gradient_N[rows, None])
             if place_N is not None:
                 here, place = _within(place_N[rows], c_CD.shape[0])
                 at_target = target_gradient_N[rows].where(here, 0.0)
                 weights.scatter_add_(1, place[:, None], at_target[:, None])
+            if repeats is not None and dscore_N is not None:
+                dscore_N[rows] = weights.where(_repeated(repeats, rows), 0.0).sum(1)
             weights = weights.to(h_ND.dtype)
             dh_ND[rows] = weights @ c_CD
             dc_CD.add_((weights.T @ h_ND[rows]).to(dc_CD.dtype))
-        return dh_ND, dc_CD.to(c_CD.dtype), None, None, None, None, None
+        no_ids = (None,) * 7
+        return dh_ND, dc_CD.to(c_CD.dtype), *no_ids, dscore_N, None
 
 
 def _within(place_R: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
@@ -230,8 +275,19 @@ def _accumulator(h_ND: Tensor) -> torch.dtype:
     return torch.promote_types(h_ND.dtype, torch.float32)
 
 
-def _logits(h_RD: Tensor, c_CD: Tensor, bias_C: Tensor) -> Tensor:
-    return (h_RD @ c_CD.T).to(_accumulator(h_RD)).add_(bias_C)
+def _logits(
+    h_RD: Tensor, c_CD: Tensor, bias_C: Tensor, repeats: Repeats | None, rows: slice
+) -> Tensor:
+    logits_RC = (h_RD @ c_CD.T).to(_accumulator(h_RD)).add_(bias_C)
+    if repeats is not None:
+        score_R1 = repeats.score_N[rows, None].to(logits_RC.dtype)
+        logits_RC += score_R1.where(_repeated(repeats, rows), 0.0)
+    return logits_RC
+
+
+def _repeated(repeats: Repeats, rows: slice) -> Tensor:
+    """Which candidates the histories of some positions hold, bool [R, C]."""
+    return repeats.first_ZC[repeats.sequence_N[rows]] <= repeats.token_N[rows, None]
 
 
 def _leave_out_hits(

@@ -10,6 +10,7 @@ from data.batch import CANDIDATES, SequenceBatch
 from modules.encoder import Encoder
 from modules.item_table import ItemTable
 from modules.losses import FullSoftmax, SampledSoftmax
+from modules.repeats import Histories
 
 Loss = FullSoftmax | SampledSoftmax
 
@@ -37,7 +38,20 @@ class Recommender(nn.Module):
         candidates_C = batch.features[CANDIDATES].values()
         with _products(x_TD, self.autocast):
             h_SD = self.encoder(x_TD, batch.offsets_B1, batch.read_positions_S)
-            return self.loss(h_SD, batch.targets_S, c_CD, candidates_C, batch.log_counts_C)
+            return self.loss(
+                h_SD,
+                batch.targets_S,
+                c_CD,
+                candidates_C,
+                batch.log_counts_C,
+                self._histories(h_SD, batch),
+            )
+
+    def _histories(self, h_SD: Tensor, batch: SequenceBatch) -> Histories | None:
+        if not self.encoder.repeats:
+            return None
+        score_S = self.encoder.repeat_score(h_SD)
+        return Histories.of(batch.items_T, batch.offsets_B1, batch.read_positions_S, score_S)
 
     def hidden(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """(hidden states [S, D] at the read positions, candidate rows [C, D])."""

@@ -1,7 +1,7 @@
 """The scriptable model that is exported: packed histories in, the best items and scores out.
 
 Legend: T packed tokens, B sequences, V table rows, D width, R rows of one block, K = k,
-N pairs to leave out, M those that lie in a block, F numbers of a user's state.
+N pairs to leave out, M those that lie in a block, P pairs seen, F numbers of a user's state.
 
 The item rows are no part of the module: they are plain tensors (fp32, fp16, or int8 with one scale
 a row) in blocks, given once by `set_rows` on the device that computes, and turned to fp32 a block
@@ -69,7 +69,8 @@ class Scorer(nn.Module):
         """(table rows [B, k] int64, scores [B, k] fp32), best first.
 
         items_T: int64 table rows; sequence b is tokens offsets[b] to offsets[b+1], oldest first.
-        exclude_seen: leave out the items of the sequence itself.
+        exclude_seen: leave out the items of the sequence itself; otherwise an encoder with
+            `repeats` adds its repeat score to them.
         exclude_items_N, exclude_sequences_N: further pairs (item, sequence) to leave out.
         allowed_V: bool, the table rows that may be recommended; None for all.
 
@@ -77,16 +78,17 @@ class Scorer(nn.Module):
         sequence, of which the model knows nothing, the rest is NO_ROW with -inf. Equal scores
         stand in no particular order.
         """
-        items_N, sequences_N = items_T[:0], items_T[:0]
+        used = int(offsets_B1[-1])
+        nothing = items_T[:0]
+        seen_P, seen_by_P = items_T[:used], sequence_of_tokens(offsets_B1, used)
+        items_N, sequences_N = nothing, nothing
         if exclude_seen:
-            used = int(offsets_B1[-1])
-            items_N = items_T[:used]
-            sequences_N = sequence_of_tokens(offsets_B1, used)
+            items_N, sequences_N, seen_P, seen_by_P = seen_P, seen_by_P, nothing, nothing
         if exclude_items_N is not None and exclude_sequences_N is not None:
             items_N = torch.cat([items_N, exclude_items_N])
             sequences_N = torch.cat([sequences_N, exclude_sequences_N])
         h_BD = self.hidden(items_T, offsets_B1)
-        rows_BK, scores_BK = self.top(h_BD, k, items_N, sequences_N, allowed_V)
+        rows_BK, scores_BK = self.top(h_BD, k, items_N, sequences_N, allowed_V, seen_P, seen_by_P)
         empty_B1 = (offsets_B1[1:] == offsets_B1[:-1]).unsqueeze(1)
         return rows_BK.masked_fill(empty_B1, self.no_row), scores_BK.masked_fill(
             empty_B1, -float("inf")
@@ -112,10 +114,19 @@ class Scorer(nn.Module):
         exclude_items_N: Tensor,
         exclude_sequences_N: Tensor,
         allowed_V: Tensor | None = None,
+        seen_items_P: Tensor | None = None,
+        seen_sequences_P: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The k best items for user vectors, as `forward`; pairs (item, sequence) are left out."""
+        """The k best items for user vectors, as `forward`; pairs (item, sequence) are left out.
+
+        seen_items_P, seen_sequences_P: pairs that get the encoder's repeat score, if it has one.
+        """
         if k < 1:
             raise RuntimeError(f"k={k} must be at least 1")
+        seen_P, seen_by_P, repeat_B = exclude_items_N[:0], exclude_items_N[:0], h_BD[:, 0]
+        if self.encoder.repeats and seen_items_P is not None and seen_sequences_P is not None:
+            seen_P, seen_by_P = seen_items_P, seen_sequences_P
+            repeat_B = self.encoder.repeat_score(h_BD)
         best_score = torch.full([h_BD.shape[0], k], -float("inf"), device=h_BD.device)
         best_row = torch.full([h_BD.shape[0], k], self.no_row, device=h_BD.device)
         wider = max(h_BD.shape[0], h_BD.shape[1], 1)
@@ -128,6 +139,11 @@ class Scorer(nn.Module):
                     first = self.first_rows[number] + start
                     scores = h_BD @ self._dequantised(number, start, stop).t()
                     scores[:, : max(0, self.reserved_rows - first)] = -float("inf")
+                    if seen_P.shape[0] > 0:
+                        here_M = ((seen_P >= first) & (seen_P < first + stop - start)).nonzero()
+                        seen_M, by_M = seen_P[here_M[:, 0]] - first, seen_by_P[here_M[:, 0]]
+                        # an item seen twice is written twice, with one value
+                        scores[by_M, seen_M] = scores[by_M, seen_M] + repeat_B[by_M]
                     if allowed_V is not None:
                         scores.masked_fill_(~allowed_V[first : first + stop - start], -float("inf"))
                     here = (exclude_items_N >= first) & (exclude_items_N < first + stop - start)

@@ -198,11 +198,14 @@ class _Writer:
 
     def _score(self, part: StatePart, users: np.ndarray, path: Path) -> None:
         """The top k of these users of a part, as tools.score_histories writes them."""
-        seen = [part.seen[user] if self.config.exclude_seen else NO_ITEMS for user in users]
+        seen = [part.seen[user] for user in users]
         items_N = torch.from_numpy(np.concatenate([NO_ITEMS, *seen]))
         users_N = torch.from_numpy(np.arange(len(users)).repeat([len(one) for one in seen]))
         rows_UK, scores_UK = self.bundle.score_states(
-            part.state_UF[users], self.config.k, (items_N, users_N)
+            part.state_UF[users],
+            self.config.k,
+            excluded=(items_N, users_N) if self.config.exclude_seen else None,
+            seen=None if self.config.exclude_seen else (items_N, users_N),
         )
         real_UK = rows_UK >= 0
         table = score_table(

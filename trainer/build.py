@@ -19,6 +19,7 @@ from modules.encoder import Encoder
 from modules.item_table import ItemTable
 from modules.losses import FullSoftmax, SampledSoftmax
 from modules.recommender import Recommender
+from modules.repeats import first_bytes
 from trainer.checkpoint import RunState
 from trainer.config import Config, DataConfig
 from trainer.distributed import World
@@ -28,6 +29,7 @@ from trainer.stop import StopRequest
 
 OBJECTIVES: dict[str, Objective] = {"histories": "causal", "prefixes": "prefix"}
 KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
+REPEAT_BYTES = 1 << 32  # of `modules.repeats.Repeats.first_ZC`
 KERNEL_TAPS = (1, 2, 3, 4)  # of modules.kernels.conv
 
 
@@ -73,12 +75,21 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
                 "convert a larger log or lower min_user_events and min_item_events"
             )
         sequences = default_max_sequences(data.tokens_a_batch, counts.tokens / counts.samples)
-    return replace(
+    resolved = replace(
         config,
         embedding=replace(config.embedding, optimizer=optimizer, learning_rate=rate),
         trainer=replace(train, precision=precision, device=kind),
         data=replace(data, max_sequences=sequences),
     )
+    needed = repeat_bytes(resolved, dataset.table_rows, world)
+    if needed > REPEAT_BYTES:
+        raise InputError(
+            f"model.repeats=true needs {needed:,} bytes on each rank with the full softmax over "
+            f"{dataset.table_rows:,} rows and {sequences} sequences a batch, above "
+            f"{REPEAT_BYTES:,}; use loss=sampled, lower data.max_sequences, or set "
+            "model.repeats=false"
+        )
+    return resolved
 
 
 def batch_tokens_for(data: DataConfig, n_train_U: np.ndarray) -> int:
@@ -109,7 +120,7 @@ def recommender(config: Config, table_rows: int, world: World) -> Recommender:
         encoder = Encoder(**asdict(config.model))
     loss: FullSoftmax | SampledSoftmax
     if config.loss.kind == "full":
-        loss = FullSoftmax(world.rank)
+        loss = FullSoftmax(world.rank, smoothing=config.loss.smoothing)
     else:
         loss = SampledSoftmax(config.loss.negatives, config.loss.in_batch, config.loss.logq)
     table = ItemTable(
@@ -147,6 +158,16 @@ def scored_candidates(config: Config, table_rows: int) -> int:
     if config.loss.kind == "full":
         return table_rows
     return config.loss.negatives + (reads(config) if config.loss.in_batch else 0)
+
+
+def repeat_bytes(config: Config, table_rows: int, world: World) -> int:
+    """Bytes of what tells the repeats among a rank's candidates; 0 without model.repeats."""
+    if not config.model.repeats:
+        return 0
+    sequences = (config.data.max_sequences or 1) + 1
+    if config.loss.kind == "full":
+        sequences *= world.size
+    return first_bytes(sequences, candidate_count(config, table_rows, world))
 
 
 def reads(config: Config) -> int:

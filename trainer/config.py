@@ -29,6 +29,7 @@ class ModelConfig:
     norm_embedding: bool
     beta: float
     restore_order: bool
+    repeats: bool
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class LossConfig:
     distribution: Literal["uniform", "popularity"]
     in_batch: bool
     logq: bool
+    smoothing: float
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def _check_values(config: Config) -> None:
         ("data.mask_ratio", data.mask_ratio),
         ("trainer.beta1", train.beta1),
         ("trainer.beta2", train.beta2),
+        ("loss.smoothing", config.loss.smoothing),
         ("embedding.beta1", table.beta1),
         ("embedding.beta2", table.beta2),
     ]:
@@ -253,6 +256,10 @@ def _check_combinations(config: Config) -> None:
         raise InputError(
             f"loss.negatives={loss.negatives} with loss.kind=sampled; draw at least 1, or 0 with "
             "loss.in_batch=true"
+        )
+    if loss.kind == "sampled" and loss.smoothing:
+        raise InputError(
+            f"loss.smoothing={loss.smoothing} is for the full softmax; loss=sampled has 0"
         )
     parts = config.trainer.monitor.split(".")
     if len(parts) != 3 or parts[0] != "validation" or parts[1] not in ("filtered", "unfiltered"):

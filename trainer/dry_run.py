@@ -33,6 +33,7 @@ class Sizes:
     width: int
     table_rows: int
     scored: int  # logits of a rank
+    repeat_bytes: int
     dense: int  # parameters
 
     @classmethod
@@ -48,6 +49,7 @@ class Sizes:
             width=config.model.width,
             table_rows=table_rows,
             scored=positions * rivals,
+            repeat_bytes=build.repeat_bytes(config, table_rows, world),
             dense=sum(one.numel() for one in model.encoder.parameters()),
         )
 
@@ -80,6 +82,7 @@ def memory_lines(
         f"{sizes.looked_up:,} looked-up rows and gradients": 2 * sizes.looked_up_bytes,
         f"activations of {sizes.tokens:,} tokens": round(sizes.tokens * saved_per_token),
         "logits": min(LOGIT_BYTES, 4 * sizes.scored),
+        "repeats": sizes.repeat_bytes,
     }
     lines = [f"  every rank, estimate: {size(number)} {name}" for name, number in parts.items()]
     rest = sum(parts.values())

@@ -36,6 +36,7 @@ HIDDEN_BYTES = 1 << 30  # hidden states of all ranks held before a pass over the
 SCORE_BYTES = 1 << 28  # scores held at once
 BLOCK_BYTES = 1 << 28  # rows looked up at once
 
+RepeatScore = Callable[[Tensor], Tensor]  # of hidden states [N, D], [N]
 Blocks = Callable[[], Iterator[tuple[int, Tensor]]]  # (first table row, rows [R, D]) of the slice
 
 
@@ -106,17 +107,18 @@ def evaluate(
     Collective: `batches` has the same number of batches on every rank (`data.loader`).
     """
     recommender.eval()
+    encoder = recommender.encoder
 
     def hidden(batch: SequenceBatch) -> Tensor:
         return recommender.hidden(batch.to(world.device))[0].float()
 
     def blocks() -> Iterator[tuple[int, Tensor]]:
-        width = next(recommender.encoder.parameters()).shape[0]
-        for first, ids in _slice_ids(world, table_rows, max(1, BLOCK_BYTES // (4 * width))):
+        for first, ids in _slice_ids(world, table_rows, max(1, BLOCK_BYTES // (4 * encoder.width))):
             yield first, look_up(recommender, ids.to(world.device))
 
     try:
-        return _rank(batches, hidden, blocks, world, table_rows)
+        repeat_score = encoder.repeat_score if encoder.repeats else None
+        return _rank(batches, hidden, blocks, world, table_rows, repeat_score)
     finally:
         recommender.train()
 
@@ -144,7 +146,8 @@ def top_items(
 ) -> tuple[Tensor, Tensor]:
     """The k best items of the whole catalogue for rank 0's hidden states: (rows, scores) [M, k].
 
-    Collective; every rank passes hidden states of one shape, and gets the answer for rank 0's.
+    By products with the rows alone, without repeat scores. Collective; every rank passes hidden
+    states of one shape, and gets the answer for rank 0's.
     """
     h_MD = h_MD.float().contiguous()
     dist.broadcast(h_MD, src=0)
@@ -192,6 +195,7 @@ def _rank(
     blocks: Blocks,
     world: World,
     table_rows: int,
+    repeat_score: RepeatScore | None = None,
 ) -> Ranking:
     """Hidden states of a run of batches from all ranks, then one pass over the rows; repeated.
 
@@ -207,7 +211,7 @@ def _rank(
         for one in islice(iterator, more):
             run.append(one)
             states.append(hidden(one.batch))
-        parts.append(_rank_run(run, states, blocks, world, table_rows))
+        parts.append(_rank_run(run, states, blocks, world, table_rows, repeat_score))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return Ranking(*columns)
 
@@ -218,6 +222,7 @@ def _rank_run(
     blocks: Blocks,
     world: World,
     table_rows: int,
+    repeat_score: RepeatScore | None,
 ) -> list[np.ndarray]:
     h, targets, lengths, seen, owner = [], [], [], [], []
     count = 0
@@ -231,6 +236,7 @@ def _rank_run(
         count += int(keep_S.sum())
     before = sum(_counts(count, world.device)[: world.rank])
     h_ND = _gather_rows(torch.cat(h))
+    score_N = None if repeat_score is None else repeat_score(h_ND)
     targets_N, lengths_N, seen_P, owner_P = (
         _gather_rows(torch.cat(values).to(world.device))
         for values in (targets, lengths, seen, [torch.cat(owner) + before])
@@ -240,7 +246,8 @@ def _rank_run(
     finite = torch.isfinite(h_ND).all()
     for first, c_RD in blocks():
         finite &= torch.isfinite(c_RD).all()
-        for rows, scores in _score_chunks(h_ND, c_RD, first, table_rows):
+        pairs = _Seen.of_block(seen_P, owner_P, first, c_RD.shape[0], score_N)
+        for rows, scores, _, _ in _score_chunks(h_ND, c_RD, first, table_rows, pairs):
             place = targets_N[rows] - first
             here = (place >= 0) & (place < c_RD.shape[0])
             value = scores.gather(1, place.where(here, 0)[:, None])[:, 0]
@@ -251,14 +258,11 @@ def _rank_run(
     before_N = torch.zeros_like(targets_N)  # items ranked before the target
     seen_before_N = torch.zeros_like(targets_N)
     for first, c_RD in blocks():
-        inside = (seen_P >= first) & (seen_P < first + c_RD.shape[0])
-        seen_here, owner_here = seen_P[inside] - first, owner_P[inside]
-        for rows, scores in _score_chunks(h_ND, c_RD, first, table_rows):
+        pairs = _Seen.of_block(seen_P, owner_P, first, c_RD.shape[0], score_N)
+        for rows, scores, who, item in _score_chunks(h_ND, c_RD, first, table_rows, pairs):
             beats = scores >= target_score_N[rows, None]
             before_N[rows] += beats.sum(1)
-            pair = (owner_here >= rows.start) & (owner_here < rows.stop)
-            who = owner_here[pair]
-            hit = beats[who - rows.start, seen_here[pair]]
+            hit = beats[who - rows.start, item] & (item + first != targets_N[who])
             seen_before_N.index_add_(0, who, hit.to(seen_before_N.dtype))
     dist.all_reduce(before_N)
     dist.all_reduce(seen_before_N)
@@ -276,13 +280,38 @@ def _require_finite(finite: Tensor) -> None:
         raise InputError(DIVERGED)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Pairs of a target and an item of its history within a block of rows, by target.
+
+    score_N: what such an item scores more, or None.
+    """
+
+    who_P: Tensor
+    item_P: Tensor  # counted from the block's first row
+    score_N: Tensor | None
+
+    @classmethod
+    def of_block(
+        cls, seen_P: Tensor, owner_P: Tensor, first: int, rows: int, score_N: Tensor | None
+    ) -> "_Seen":
+        inside = (seen_P >= first) & (seen_P < first + rows)
+        return cls(owner_P[inside], seen_P[inside] - first, score_N)
+
+
 def _score_chunks(
-    h_ND: Tensor, c_RD: Tensor, first: int, table_rows: int
-) -> Iterator[tuple[slice, Tensor]]:
+    h_ND: Tensor, c_RD: Tensor, first: int, table_rows: int, seen: _Seen
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """(targets, their scores [M, R], the seen pairs among them: target and item)."""
     step = max(1, SCORE_BYTES // (c_RD.shape[0] * c_RD.element_size()))
     for start in range(0, h_ND.shape[0], step):
         rows = slice(start, min(start + step, h_ND.shape[0]))
-        yield rows, _scores(h_ND[rows], c_RD, first, table_rows)
+        scores = _scores(h_ND[rows], c_RD, first, table_rows)
+        pair = (seen.who_P >= rows.start) & (seen.who_P < rows.stop)
+        who, item = seen.who_P[pair], seen.item_P[pair]
+        if seen.score_N is not None:
+            scores[who - start, item] += seen.score_N[who]
+        yield rows, scores, who, item
 
 
 def _scores(h_MD: Tensor, c_RD: Tensor, first: int, table_rows: int) -> Tensor:

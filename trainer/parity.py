@@ -50,7 +50,9 @@ def compare(model: Any, probe: dict[str, Tensor]) -> Parity:
         raise InputError(
             "the checkpoint's model answers NaN or infinite scores; export an earlier checkpoint"
         )
-    rows_BK, scores_BK = model(probe["history"], probe["offsets"], k, False)
+    # The trainer's answers are products with the rows, without repeat scores.
+    h_BD, nothing = model.hidden(probe["history"], probe["offsets"]), probe["items"].flatten()[:0]
+    rows_BK, scores_BK = model.top(h_BD, k, nothing, nothing)
     if not all_numbers(scores_BK):
         raise InputError(
             "the exported model answers NaN or infinite scores where the trainer's are finite; "

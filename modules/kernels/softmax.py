@@ -12,11 +12,12 @@ scaling them to the final sum reads and writes what making them anew only writes
 dh and for dc, would need no chunk but five products, the chained ones at a lower rate.
 
 A rival whose id is the position's own target (an accidental hit) is left out where ids are given.
+With repeats, a candidate that the position's history holds has the position's repeat score added.
 Nothing reads a value on the host and no atomics are used: a CUDA graph can hold it all, and the
 kernels give the same bits every time.
 
-Shape suffixes: N positions, C candidates, D width; R positions and K candidates of a chunk, G runs
-of candidate tiles.
+Shape suffixes: N positions, C candidates, D width, Z sequences; R positions and K candidates of a
+chunk, G runs of candidate tiles.
 """
 
 import functools
@@ -32,6 +33,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 MULTIPROCESSORS = 132  # of an H100
 WEIGHT_BYTES = 512 * 2**20  # of one chunk's weights
 CHUNK_CANDIDATES = 16_384  # at least, where there are as many: dc's product has to fill the card
+WHOLE_TILES = 128  # candidates of the largest tile; the stride of `first_ZC` is a multiple
 ALIGNED = 8  # candidates of a chunk: 16 bytes of bf16, without which cuBLAS is 4 times slower
 TARGET_ROWS = 16
 
@@ -86,7 +88,8 @@ def _grid(N: int, C: int, launch: Launch) -> tuple[tuple[int, int], int]:
 @torch.library.custom_op("ssd4rec::candidate_logsumexp", mutates_args=())
 def candidate_logsumexp_op(
     h_ND: Tensor, c_CD: Tensor, bias_C: Tensor, candidates_C: Tensor | None,
-    targets_N: Tensor | None, place_N: Tensor | None,
+    targets_N: Tensor | None, place_N: Tensor | None, first_ZC: Tensor | None,
+    sequence_N: Tensor | None, token_N: Tensor | None, score_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The logsumexp and the logit at `place_N`, fp32 [N] each."""
     (N, D), C = h_ND.shape, c_CD.shape[0]
@@ -97,22 +100,26 @@ def candidate_logsumexp_op(
     launch = choose_launch(D, h_ND.dtype)
     grid, tiles = _grid(N, C, launch)
     lse_GN = logit_N.new_empty(grid[1], N)
+    repeats, stride = score_N is not None, 0 if first_ZC is None else first_ZC.stride(0)
     logsumexp_kernel[grid](
-        h_ND, c_CD, bias_C, candidates_C, targets_N, lse_GN, N, C, tiles, D, launch.columns,
-        launch.rows, launch.candidates, candidates_C is not None, launch.precision,
-        num_warps=launch.warps, num_stages=launch.stages,
+        h_ND, c_CD, bias_C, candidates_C, targets_N, first_ZC, sequence_N, token_N, score_N,
+        lse_GN, N, C, tiles, stride, D, launch.columns, launch.rows, launch.candidates,
+        candidates_C is not None, repeats, launch.precision, num_warps=launch.warps,
+        num_stages=launch.stages,
     )  # fmt: skip
     if place_N is not None:
         target_kernel[(triton.cdiv(N, TARGET_ROWS),)](
-            h_ND, c_CD, bias_C, place_N, logit_N, N, C, D, launch.columns, TARGET_ROWS, num_warps=4
-        )
+            h_ND, c_CD, bias_C, place_N, first_ZC, sequence_N, token_N, score_N, logit_N, N, C,
+            stride, D, launch.columns, TARGET_ROWS, repeats, num_warps=4,
+        )  # fmt: skip
     return lse_GN[0] if grid[1] == 1 else torch.logsumexp(lse_GN, dim=0), logit_N
 
 
 @candidate_logsumexp_op.register_fake
 def _(
     h_ND: Tensor, c_CD: Tensor, bias_C: Tensor, candidates_C: Tensor | None,
-    targets_N: Tensor | None, place_N: Tensor | None,
+    targets_N: Tensor | None, place_N: Tensor | None, first_ZC: Tensor | None,
+    sequence_N: Tensor | None, token_N: Tensor | None, score_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse_N = h_ND.new_empty(h_ND.shape[0], dtype=torch.float32)
     return lse_N, torch.empty_like(lse_N)
@@ -138,14 +145,20 @@ def _chunks(total: int, chunk: int) -> list[slice]:
 @torch.library.custom_op("ssd4rec::candidate_logsumexp_backward", mutates_args=())
 def candidate_logsumexp_backward_op(
     dlse_N: Tensor, dtarget_N: Tensor, h_ND: Tensor, c_CD: Tensor, bias_C: Tensor,
-    candidates_C: Tensor | None, targets_N: Tensor | None, place_N: Tensor | None, lse_N: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of h and c, in their dtype; sums over chunks are fp32."""
+    candidates_C: Tensor | None, targets_N: Tensor | None, place_N: Tensor | None,
+    first_ZC: Tensor | None, sequence_N: Tensor | None, token_N: Tensor | None,
+    score_N: Tensor | None, lse_N: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of h and c, in their dtype, and of the repeat scores, fp32 ([0] without them).
+
+    Sums over chunks are fp32.
+    """
     (N, D), C = h_ND.shape, c_CD.shape[0]
     h_ND, c_CD, bias_C = h_ND.contiguous(), c_CD.contiguous(), bias_C.contiguous()
     dlse_N, dtarget_N = dlse_N.contiguous(), dtarget_N.contiguous()
+    dscore_N = h_ND.new_zeros(0 if score_N is None else N, dtype=torch.float32)
     if N == 0 or C == 0:
-        return torch.zeros_like(h_ND), torch.zeros_like(c_CD)
+        return torch.zeros_like(h_ND), torch.zeros_like(c_CD), dscore_N
     launch = choose_launch(D, h_ND.dtype)
     chunk_N, chunk_C = chunk_shape(N, C, h_ND.element_size(), launch)
     buffer_NC = h_ND.new_empty(min(N, chunk_N), chunk_C)
@@ -158,15 +171,17 @@ def candidate_logsumexp_backward_op(
         total_KD = dc_KD if parts_N == 1 else _total(c_CD, len(c_KD), parts_N)
         for rows in _chunks(N, chunk_N):
             weight_RK = _weights(
-                buffer_NC, dlse_N[rows], dtarget_N[rows], h_ND[rows], c_CD[some], bias_C[some],
-                _part(candidates_C, some), _part(targets_N, rows), _part(place_N, rows),
-                lse_N[rows], some.start, launch,
+                buffer_NC, dscore_N[rows], dlse_N[rows], dtarget_N[rows], h_ND[rows], c_CD[some],
+                bias_C[some], _part(candidates_C, some), _part(targets_N, rows),
+                _part(place_N, rows), None if first_ZC is None else first_ZC[:, some],
+                _part(sequence_N, rows), _part(token_N, rows), _part(score_N, rows), lse_N[rows],
+                some.start, launch,
             )[:, : len(c_KD)]  # fmt: skip
             _add_product(dh_ND[rows], weight_RK, c_KD, parts_C)
             _add_product(total_KD, weight_RK.T, h_ND[rows], parts_N)
         if parts_N > 1:
             dc_KD.copy_(total_KD)
-    return dh_ND.to(h_ND.dtype), dc_CD[:C]
+    return dh_ND.to(h_ND.dtype), dc_CD[:C], dscore_N
 
 
 def aligned(K: int, launch: Launch) -> int:
@@ -181,20 +196,26 @@ def _aligned_rows(c_KD: Tensor, launch: Launch) -> Tensor:
 
 
 def _weights(
-    buffer_NC: Tensor, dlse_R: Tensor, dtarget_R: Tensor, h_RD: Tensor, c_KD: Tensor,
-    bias_K: Tensor, candidates_K: Tensor | None, targets_R: Tensor | None, place_R: Tensor | None,
-    lse_R: Tensor, offset: int, launch: Launch,
+    buffer_NC: Tensor, dscore_R: Tensor, dlse_R: Tensor, dtarget_R: Tensor, h_RD: Tensor,
+    c_KD: Tensor, bias_K: Tensor, candidates_K: Tensor | None, targets_R: Tensor | None,
+    place_R: Tensor | None, first_ZK: Tensor | None, sequence_R: Tensor | None,
+    token_R: Tensor | None, score_R: Tensor | None, lse_R: Tensor, offset: int, launch: Launch,
 ) -> Tensor:  # fmt: skip
     """w of a chunk, rows of the buffer: 0 from K to the end of the last tile, which the kernel
-    stores whole, and undefined behind it."""
+    stores whole, and undefined behind it. Adds its sums over repeats to dscore_R."""
     (R, D), K = h_RD.shape, c_KD.shape[0]
     grid, tiles = _grid(R, K, launch)
+    repeats, stride = first_ZK is not None, 0 if first_ZK is None else first_ZK.stride(0)
+    dscore_GR = dscore_R.new_empty(grid[1], R) if repeats else None
     weight_kernel[grid](
-        h_RD, c_KD, bias_K, candidates_K, targets_R, place_R, lse_R, dlse_R, dtarget_R, buffer_NC,
-        R, K, tiles, offset, buffer_NC.stride(0), D, launch.columns, launch.rows,
-        launch.candidates, candidates_K is not None, place_R is not None, launch.precision,
+        h_RD, c_KD, bias_K, candidates_K, targets_R, place_R, first_ZK, sequence_R, token_R,
+        score_R, lse_R, dlse_R, dtarget_R, buffer_NC, dscore_GR, R, K, tiles, offset,
+        buffer_NC.stride(0), stride, D, launch.columns, launch.rows, launch.candidates,
+        candidates_K is not None, place_R is not None, repeats, launch.precision,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
+    if dscore_GR is not None:
+        dscore_R.add_(dscore_GR.sum(0))
     return buffer_NC[:R]
 
 
@@ -218,9 +239,13 @@ def _part(x: Tensor | None, rows: slice) -> Tensor | None:
 @candidate_logsumexp_backward_op.register_fake
 def _(
     dlse_N: Tensor, dtarget_N: Tensor, h_ND: Tensor, c_CD: Tensor, bias_C: Tensor,
-    candidates_C: Tensor | None, targets_N: Tensor | None, place_N: Tensor | None, lse_N: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return h_ND.new_empty(h_ND.shape), c_CD.new_empty(c_CD.shape)
+    candidates_C: Tensor | None, targets_N: Tensor | None, place_N: Tensor | None,
+    first_ZC: Tensor | None, sequence_N: Tensor | None, token_N: Tensor | None,
+    score_N: Tensor | None, lse_N: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    scores = 0 if score_N is None else h_ND.shape[0]
+    dscore_N = h_ND.new_empty(scores, dtype=torch.float32)
+    return h_ND.new_empty(h_ND.shape), c_CD.new_empty(c_CD.shape), dscore_N
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -228,8 +253,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dlse_N, dtarget_N):
-    dh_ND, dc_CD = candidate_logsumexp_backward_op(dlse_N, dtarget_N, *ctx.saved_tensors)
-    return dh_ND, dc_CD, None, None, None, None
+    dh_ND, dc_CD, dscore_N = candidate_logsumexp_backward_op(dlse_N, dtarget_N, *ctx.saved_tensors)
+    no_ids = (None,) * 7
+    return dh_ND, dc_CD, *no_ids, dscore_N if ctx.saved_tensors[-2] is not None else None
 
 
 candidate_logsumexp_op.register_autograd(_backward, setup_context=_setup_context)
@@ -238,8 +264,12 @@ candidate_logsumexp_op.register_autograd(_backward, setup_context=_setup_context
 def candidate_logsumexp_triton(
     h_ND: Tensor, c_CD: Tensor, bias_C: Tensor, candidates_C: Tensor | None = None,
     targets_N: Tensor | None = None, place_N: Tensor | None = None,
+    first_ZC: Tensor | None = None, sequence_N: Tensor | None = None,
+    token_N: Tensor | None = None, score_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(log sum_c exp(h . c + bias_c), the logit at `place_N`), fp32 [N]; differentiable once.
+    """(log sum_c exp(logit_c), the logit at `place_N`), fp32 [N]; differentiable once.
+
+    logit_c = h . c + bias_c, plus score_N where `first_ZC[sequence_N, c] <= token_N`.
 
     Args:
         h_ND, c_CD: one dtype, bf16 or fp32.
@@ -248,6 +278,8 @@ def candidate_logsumexp_triton(
             target is left out of the sum.
         place_N: int64, the target's place among the candidates; elsewhere, or not given, the
             second answer is 0.
+        first_ZC, sequence_N, token_N, score_N: int32, int64, int32 and fp32, all or none;
+            0 <= sequence_N < Z. Rows of first_ZC stand in memory at a multiple of WHOLE_TILES.
 
     Raises:
         ValueError: a shape or dtype that the kernels do not have.
@@ -269,4 +301,28 @@ def candidate_logsumexp_triton(
         if ids is not None and (ids.dtype != torch.int64 or ids.shape != like.shape[:1]):
             raise ValueError(f"ids must be int64 [{like.shape[0]}], not {ids.dtype} {ids.shape}")
     dense = [None if ids is None else ids.contiguous() for ids, _ in wanted]
-    return candidate_logsumexp_op(h_ND, c_CD, bias_C, *dense)
+    repeats = [first_ZC, sequence_N, token_N, score_N]
+    if score_N is not None:
+        _check_repeats(h_ND.shape[0], c_CD.shape[0], first_ZC, sequence_N, token_N, score_N)
+        repeats[1:] = [one.contiguous() for one in repeats[1:]]  # type: ignore[union-attr]
+    elif any(one is not None for one in repeats):
+        raise ValueError("repeats need first, sequences, tokens and scores, all or none")
+    return candidate_logsumexp_op(h_ND, c_CD, bias_C, *dense, *repeats)
+
+
+def _check_repeats(
+    N: int, C: int, first_ZC: Tensor | None, sequence_N: Tensor | None, token_N: Tensor | None,
+    score_N: Tensor,
+) -> None:  # fmt: skip
+    if first_ZC is None or sequence_N is None or token_N is None:
+        raise ValueError("repeats need first, sequences, tokens and scores, all or none")
+    kinds = [one.dtype for one in (first_ZC, sequence_N, token_N, score_N)]
+    shapes = {one.shape for one in (sequence_N, token_N, score_N)}
+    if kinds != [torch.int32, torch.int64, torch.int32, torch.float32] or shapes != {(N,)}:
+        raise ValueError(f"repeats need int32, int64, int32, fp32 [{N}], not {kinds}, {shapes}")
+    strides = first_ZC.stride()
+    if first_ZC.shape[1] != C or (C and (strides[1] != 1 or strides[0] % WHOLE_TILES)):
+        raise ValueError(
+            f"first [Z, {C}] needs rows at a multiple of {WHOLE_TILES}, not {first_ZC.shape} with "
+            f"strides {strides}"
+        )

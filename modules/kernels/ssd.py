@@ -55,7 +55,9 @@ def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
     Narrow heads make outputs on two warps, that is with plain instead of warp-group products. For
     16 channels that is also faster; above all it keeps clear of a miscompilation by the ptxas 12.8
     of Triton 3.6, which left descriptors of such products undefined (an illegal shared address at
-    P 16 with three or more heads). `tests/gpu/lint_sass.py` finds it without a GPU.
+    P 16 with three or more heads). `tests/gpu/lint_sass.py` finds it without a GPU. The gradients
+    of P 32 at N 128 have two stages for the same reason: with three or one, a single head reads an
+    illegal address.
     """
     if dtype == torch.float32:  # tiles are twice as large: shorter chunks keep them on the chip
         return Launch(32, 32, 64, walk_warps=4, walk_stages=1, output_warps=4, output_stages=1,
@@ -69,7 +71,7 @@ def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
         output_warps=2 if P <= 32 or N <= 16 else 4,
         output_stages=3,
         gradient_warps=4,
-        gradient_stages=3 if P <= 32 else 1,
+        gradient_stages=1 if P > 32 else 2 if N == 128 else 3,
     )
 
 

@@ -15,7 +15,7 @@ from data.packing import (
     assemble,
     default_max_sequences,
     in_steps,
-    mask_items,
+    masked,
 )
 from data.reader import HistoryDataset
 from data.samples import NO_SAMPLES, SampleRule
@@ -207,16 +207,19 @@ def test_no_samples_make_an_empty_batch(dataset, read_last):
 def test_masks_hide_the_given_share_of_items_and_no_target(tmp_path):
     dataset = HistoryDataset(write_dataset(tmp_path, [[8, 9] * 10_002]))
     samples = SampleRule("causal", 32_768).samples(dataset.n_train_U)
-    plain, masked, other = (assemble(dataset.read(0), samples, 32_768, 4, False) for _ in range(3))
-    mask_items(plain, 0.0, seed=1, position=5)
-    mask_items(masked, 0.2, seed=1, position=5)
-    mask_items(other, 0.2, seed=1, position=6)
-    hidden = masked.history_T == MASK_ROW
-    assert abs(hidden[: masked.tokens].mean() - 0.2) < 0.012  # 4 standard deviations
-    assert not hidden[masked.tokens :].any()
-    assert np.array_equal(masked.history_T[~hidden], plain.history_T[~hidden])
-    assert np.array_equal(masked.targets_S, plain.targets_S)
-    assert not np.array_equal(masked.history_T, other.history_T)
+    pack = assemble(dataset.read(0), samples, 32_768, 4, False)
+    items, targets = pack.items_T.copy(), pack.targets_S.copy()
+    plain = masked(pack, 0.0, seed=1, position=5)
+    some = masked(pack, 0.2, seed=1, position=5)
+    other = masked(pack, 0.2, seed=1, position=6)
+    assert np.array_equal(plain.history_T, items)
+    hidden = some.history_T == MASK_ROW
+    assert abs(hidden[: some.tokens].mean() - 0.2) < 0.012  # 4 standard deviations
+    assert not hidden[some.tokens :].any()
+    assert np.array_equal(some.history_T[~hidden], items[~hidden])
+    assert np.array_equal(some.items_T, items)
+    assert np.array_equal(some.targets_S, targets)
+    assert not np.array_equal(some.history_T, other.history_T)
 
 
 def test_packs_are_dealt_to_ranks_in_order():

@@ -155,7 +155,7 @@ def build(
 ) -> Sharded:
     table = TableConfig(sharding, "fp32", "none", 0.1, optimizer, 0.05, 0.9, 0.98, 1e-8)
     torch.manual_seed(1)
-    encoder = Encoder("causal", WIDTH, 1, 4, 8, 2, 4, 0.0, True)
+    encoder = Encoder("causal", WIDTH, 1, 4, 8, 2, 4, 0.0, True, repeats=True)
     recommender = Recommender(ItemTable(rows, WIDTH, device=torch.device("meta")), encoder, loss)
     plan = plan_table(recommender, table, world, TOKENS, rows)
     return shard(recommender, plan, table, TRAIN, world, seed=3)
@@ -190,7 +190,8 @@ def global_batch(number: int, world: World, sampled: bool) -> SequenceBatch:
     if sampled:
         candidates = torch.cat([negatives, wanted])
         log_counts = torch.zeros(len(candidates))
-    return SequenceBatch.build(history, candidates, bounds, wanted, None, log_counts, 25.0)
+    ids = history, candidates, bounds, wanted
+    return SequenceBatch.build(*ids, log_counts_C=log_counts, step_targets=25.0)
 
 
 def table_rows(sharded: Sharded, rows: int = ROWS) -> list[list[float]]:

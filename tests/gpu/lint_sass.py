@@ -12,6 +12,7 @@ P,N,H: the SSD kernels and those around them; D: the softmax kernels at that wid
 """
 
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -121,15 +122,18 @@ def launch_ssd(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
 
 
 def launch_softmax(D, positions=2400, candidates=3001):
-    """Forward and backward of both dtypes, with and without hits and places."""
+    """Forward and backward of both dtypes, with and without hits, places and repeats."""
     from modules.kernels import softmax
 
     value_N, bias_C = torch.empty(positions), torch.empty(candidates)
     ids_N, ids_C = (torch.zeros(n, dtype=torch.int64) for n in (positions, candidates))
     for dtype in softmax.DTYPES:
         h, c = (torch.empty(n, D, dtype=dtype) for n in (positions, candidates))
-        for optional in [(None, None, None), (None, None, ids_N), (ids_C, ids_N, None)]:
-            inputs = (h, c, bias_C, *optional)
+        held = torch.empty(9, 128 * -(-candidates // 128), dtype=torch.int32)[:, :candidates]
+        repeats = (held, ids_N, ids_N.int(), value_N)
+        some = [(None, None, None), (None, None, ids_N), (ids_C, ids_N, None)]
+        for ids, more in itertools.product(some, [(None,) * 4, repeats]):
+            inputs = (h, c, bias_C, *ids, *more)
             softmax.candidate_logsumexp_op._init_fn(*inputs)
             softmax.candidate_logsumexp_backward_op._init_fn(value_N, value_N, *inputs, value_N)
 

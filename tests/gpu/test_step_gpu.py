@@ -66,7 +66,7 @@ def steps_of(sampled: bool, count: int = 6) -> list[Step]:
             torch.from_numpy(ids[1]),
             None,
             None if log_counts is None else torch.from_numpy(log_counts),
-            float(TOKENS),
+            step_targets=float(TOKENS),
         )
         steps.append(Step(batch.pin_memory(), number, 0, 0, False, number / 9, TOKENS, TOKENS))
     return steps

@@ -94,7 +94,7 @@ def batches(rows: int, count: int, tokens: int = 4096) -> list[Step]:
             torch.from_numpy(ids[1]),
             None,
             torch.from_numpy(log_counts),
-            float(tokens),
+            step_targets=float(tokens),
         )
         steps.append(Step(batch, number, 0, 0, False, 0.0, tokens, tokens))
     return steps

@@ -5,6 +5,7 @@ import torch
 
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules.losses import FullSoftmax, SampledSoftmax, logsumexp_reference
+from modules.repeats import Histories
 
 WIDTH = 8
 
@@ -42,6 +43,69 @@ def test_full_softmax_ignores_padding_behind_the_table():
     ids = torch.arange(40).where(torch.arange(40) < 37, PADDING_ROW)
     ours = FullSoftmax(rank=0)(h, targets, padded, ids, None)
     torch.testing.assert_close(ours, FullSoftmax(rank=0)(h, targets, c, torch.arange(37), None))
+
+
+def histories(score: torch.Tensor) -> Histories:
+    """Of 12 and 8 positions, two tokens without a position between them, read in any order."""
+    items = torch.randint(RESERVED_ROWS, 24, (22,), generator=torch.Generator().manual_seed(3))
+    read = torch.tensor([*range(12), *range(21, 13, -1)])
+    return Histories.of(items, torch.tensor([0, 12, 22, 22]), read, score)
+
+
+def held(one: Histories, position: int) -> set[int]:
+    """The items of a position's history, by looking."""
+    token = int(one.token_S[position])
+    start = 0 if token < 12 else 12
+    return set(one.items_T[start : token + 1].tolist())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_full_softmax_with_repeats_and_smoothing_is_the_formula(smoothing):
+    h, c, targets = problem()
+    score = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    one = histories(score)
+    targets[1], targets[15] = one.items_T[0], one.items_T[14]  # repeats are targets too
+    ours = FullSoftmax(0, smoothing=smoothing)(h, targets, c, torch.arange(40), None, one)
+    expected = torch.zeros((), dtype=torch.float64)
+    for t, target in enumerate(targets.tolist()):
+        if target == PADDING_ROW:
+            continue
+        plain = c[RESERVED_ROWS:] @ h[t]
+        mine = torch.tensor([row in held(one, t) for row in range(RESERVED_ROWS, 40)])
+        logits = plain + score[t] * mine
+        wanted = (1 - smoothing) * logits[target - RESERVED_ROWS] + smoothing * plain.mean()
+        expected = expected + torch.logsumexp(logits, 0) - wanted
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    for got, want in zip(
+        torch.autograd.grad(ours, (h, c, score)),
+        torch.autograd.grad(expected, (h, c, score)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_sampled_softmax_with_repeats_is_the_formula(in_batch):
+    h, table, targets = problem()
+    score = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    one = histories(score)
+    targets[1], targets[15] = one.items_T[0], one.items_T[14]
+    negatives = torch.randint(RESERVED_ROWS, 40, (30,))  # some of them twice
+    ids = torch.cat([negatives, targets])
+    log_counts = torch.randn(50, dtype=torch.float64)
+    loss = SampledSoftmax(30, in_batch, True)
+    ours = loss(h, targets, table[ids], ids, log_counts, one)
+    expected = torch.zeros((), dtype=torch.float64)
+    for t, target in enumerate(targets.tolist()):
+        if target == PADDING_ROW:
+            continue
+        logits = [h[t] @ table[target] + score[t] * (target in held(one, t))]
+        for place, rival in enumerate((ids if in_batch else negatives).tolist()):
+            if rival not in (target, PADDING_ROW):
+                value = h[t] @ table[rival] + score[t] * (rival in held(one, t))
+                logits.append(value - log_counts[place])
+        expected = expected + torch.logsumexp(torch.stack(logits), 0) - logits[0]
+    assert_same(ours, expected, (h, table, score))
 
 
 @pytest.mark.parametrize(("draws", "in_batch"), [(12, False), (12, True), (0, True)])

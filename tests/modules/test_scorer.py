@@ -12,9 +12,14 @@ WIDTH, TABLE_ROWS = 16, 60
 LENGTHS = [5, 1, 0, 290, 17, 0]  # few reads among many tokens
 
 
-def make(kind: str = "causal", score_bytes: int = 1 << 20) -> tuple[Scorer, Tensor]:
+def make(
+    kind: str = "causal", score_bytes: int = 1 << 20, repeats: bool = False
+) -> tuple[Scorer, Tensor]:
     torch.manual_seed(0)
-    encoder = Encoder(kind, WIDTH, 2, 4, 8, 2, 4, dropout=0.3, norm_embedding=True)
+    sizes = (WIDTH, 2, 4, 8, 2, 4)
+    encoder = Encoder(kind, *sizes, dropout=0.3, norm_embedding=True, repeats=repeats)
+    if repeats:
+        torch.nn.init.normal_(encoder.repeat.weight)
     return Scorer(encoder, score_bytes), torch.randn(TABLE_ROWS, WIDTH)
 
 
@@ -32,18 +37,22 @@ def plain(encoder: Encoder, table: Tensor, history: Tensor, k: int, exclude: Ten
     offsets = torch.tensor([0, len(history)])
     h_D = encoder.eval()(table[history], offsets)[-1]
     scores_V = table @ h_D
+    if encoder.repeats:
+        scores_V[history.unique()] += encoder.repeat_score(h_D[None])
     scores_V[:RESERVED_ROWS] = -torch.inf
     scores_V[exclude] = -torch.inf
     scores, rows = scores_V.sort(descending=True)
     return rows[:k].where(scores[:k] > -torch.inf, NO_ROW), scores[:k]
 
 
-@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    ("kind", "repeats"), [("causal", False), ("bidirectional", False), ("causal", True)]
+)
 @pytest.mark.parametrize("exclude_seen", [False, True])
 @pytest.mark.parametrize("score_bytes", [1, 4 * 6 * 7, 1 << 20])
 @torch.no_grad()
-def test_packed_and_in_blocks_equals_plain(kind, exclude_seen, score_bytes):
-    scorer, table = make(kind, score_bytes)
+def test_packed_and_in_blocks_equals_plain(kind, repeats, exclude_seen, score_bytes):
+    scorer, table = make(kind, score_bytes, repeats)
     scorer.set_rows(list(table.split(23)), [])
     parts, k = histories(), 12
     rows, scores = scorer(*packed(parts), k, exclude_seen)
@@ -55,16 +64,18 @@ def test_packed_and_in_blocks_equals_plain(kind, exclude_seen, score_bytes):
             torch.testing.assert_close(scores[number], values)
 
 
-@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
-def test_scripted_equals_eager_also_after_saving(kind, tmp_path):
-    scorer, table = make(kind)
+@pytest.mark.parametrize(
+    ("kind", "repeats"), [("causal", False), ("bidirectional", False), ("causal", True)]
+)
+def test_scripted_equals_eager_also_after_saving(kind, repeats, tmp_path):
+    scorer, table = make(kind, repeats=repeats)
     torch.jit.script(scorer).save(tmp_path / "model.pt")
     loaded = torch.jit.load(tmp_path / "model.pt")
     for one in (scorer, loaded):
         one.set_rows(list(table.split(25)), [])
     inputs = packed(histories())
     for _ in range(3):  # TorchScript compiles anew after its first calls
-        got, expected = loaded(*inputs, 9, True), scorer(*inputs, 9, True)
+        got, expected = loaded(*inputs, 9, not repeats), scorer(*inputs, 9, not repeats)
         assert torch.equal(got[0], expected[0])
         torch.testing.assert_close(got[1], expected[1])
 

@@ -17,6 +17,7 @@ from modules.losses import (
     logsumexp_fused,
     logsumexp_reference,
 )
+from modules.repeats import NEVER, Histories, Repeats
 from tests.modules.test_ssd_kernels import in_interpreter, relative
 
 LIMIT = 2e-6
@@ -32,11 +33,12 @@ class Problem:
     candidates_C: torch.Tensor | None
     targets_N: torch.Tensor | None
     place_N: torch.Tensor | None
+    repeats: Repeats | None
     dlse_N: torch.Tensor
     dtarget_N: torch.Tensor
 
 
-def problem(N, C, D, hits=False, places=False, device="cpu", dtype=torch.float32):
+def problem(N, C, D, hits=False, places=False, repeats=False, device="cpu", dtype=torch.float32):
     """Random ids with repeats, so that targets hit; every fourth position has no weight."""
     g = torch.Generator().manual_seed(N + C + D)
     h, c, bias = (torch.randn(*shape, generator=g) for shape in ((N, D), (C, D), (C,)))
@@ -52,17 +54,35 @@ def problem(N, C, D, hits=False, places=False, device="cpu", dtype=torch.float32
     ids, targets, place = (t.to(device) for t in (ids, targets, place))
     gradients = dlse.to(device), dtarget.to(device)
     some = (ids, targets) if hits else (None, None)
-    return Problem(*floats, *some, place if places else None, *gradients)
+    held = random_repeats(N, C, g, device) if repeats else None
+    return Problem(*floats, *some, place if places else None, held, *gradients)
+
+
+def random_repeats(N, C, g, device):
+    """Three histories of 40 tokens; a third of the candidates in none."""
+    first = torch.full((3, -(-C // 128) * 128), NEVER, dtype=torch.int32)
+    first[:, :C] = torch.randint(0, 60, (3, C), generator=g)
+    first[first >= 40] = NEVER
+    sequence = torch.randint(0, 3, (N,), generator=g)
+    token = torch.randint(0, 40, (N,), generator=g, dtype=torch.int32)
+    score = 2 * torch.randn(N, generator=g)
+    first, *rest = (t.to(device) for t in (first, sequence, token, score))
+    return Repeats(first[:, :C], *rest)
 
 
 def answers(logsumexp, p, exact=False):
-    """Both answers and both gradients."""
+    """Both answers and their gradients."""
     kind = torch.float64 if exact else p.h_ND.dtype
-    h_ND, c_CD = (t.detach().to(kind).requires_grad_() for t in (p.h_ND, p.c_CD))
-    bias_C = p.bias_C.double() if exact else p.bias_C
-    outputs = logsumexp(h_ND, c_CD, bias_C, p.candidates_C, p.targets_N, p.place_N)
+    leaves = [t.detach().to(kind).requires_grad_() for t in (p.h_ND, p.c_CD)]
+    bias_C, repeats = p.bias_C.double() if exact else p.bias_C, p.repeats
+    if repeats is not None:
+        score_N = repeats.score_N.to(torch.float64 if exact else torch.float32)
+        leaves.append(score_N.detach().requires_grad_())
+        repeats = repeats._replace(score_N=leaves[-1])
+    ids = p.candidates_C, p.targets_N, p.place_N
+    outputs = logsumexp(*leaves[:2], bias_C, *ids, repeats)
     wanted = [p.dlse_N.to(outputs[0].dtype), p.dtarget_N.to(outputs[1].dtype)]
-    return [*outputs, *torch.autograd.grad(outputs, (h_ND, c_CD), wanted)]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, wanted)]
 
 
 def errors_of(p):
@@ -70,10 +90,8 @@ def errors_of(p):
     got, want = answers(logsumexp_fused, p), answers(logsumexp_reference, p, exact=True)
     assert torch.equal(got[0].isinf(), want[0].isinf())
     got[0], want[0] = (lse.nan_to_num(neginf=0.0) for lse in (got[0], want[0]))
-    return {
-        name: relative(a, b)
-        for name, a, b in zip(["lse", "target", "dh", "dc"], got, want, strict=True)
-    }
+    names = ["lse", "target", "dh", "dc", "dscore"][: len(got)]
+    return {name: relative(a, b) for name, a, b in zip(names, got, want, strict=True)}
 
 
 def small_tiles(columns):
@@ -87,17 +105,17 @@ def small_tiles(columns):
 
 
 def errors_of_shapes():
-    """Of every shape with hits and places, and of two that are cut everywhere without either."""
+    """Of every shape with all options, and of two that are cut everywhere with any of them."""
     shapes = [(1, 1, 16), (1, 90, 4), (33, 1, 8), (16, 32, 16), (40, 45, 12), (35, 70, 40)]
-    both = [(shape, True, True) for shape in shapes]
-    either = itertools.product(shapes[-2:], [False, True], [False, True])
+    every = [(shape, True, True, True) for shape in shapes]
+    some = itertools.product(shapes[-2:], *3 * [[False, True]])
     small_tiles(16)
-    return {str(case): errors_of(problem(*case[0], *case[1:])) for case in {*both, *either}}
+    return {str(case): errors_of(problem(*case[0], *case[1:])) for case in {*every, *some}}
 
 
 def errors_of_corners():
     """With tiles as on the card."""
-    p = problem(9, 13, 8, hits=True, places=True)
+    p = problem(9, 13, 8, hits=True, places=True, repeats=True)
     zeros_N, zeros_C = torch.zeros_like(p.targets_N), torch.zeros_like(p.candidates_C)
     problems = {
         "as it is": p,
@@ -117,10 +135,18 @@ def errors_of_corners():
             candidates_C=p.candidates_C.repeat_interleave(2)[::2],
             targets_N=p.targets_N.repeat_interleave(3)[::3],
             place_N=p.place_N.repeat_interleave(2)[::2],
+            repeats=p.repeats._replace(
+                sequence_N=p.repeats.sequence_N.repeat_interleave(2)[::2],
+                token_N=p.repeats.token_N.repeat_interleave(2)[::2],
+                score_N=p.repeats.score_N[:1].expand(9),
+            ),
             dlse_N=p.dlse_N[:1].expand(9),
         ),
-        "no positions": problem(0, 13, 8, places=True),
-        "no candidates": problem(3, 0, 8),
+        "no positions": problem(0, 13, 8, places=True, repeats=True),
+        "no candidates": problem(3, 0, 8, repeats=True),
+        "repeats out of the question": replace(
+            p, repeats=p.repeats._replace(score_N=p.repeats.score_N - 1e4)
+        ),
     }
     return {name: errors_of(one) for name, one in problems.items()}
 
@@ -136,8 +162,12 @@ def losses_of_modules():
     ids[0] = targets[0]
     log_counts = torch.randn(42, generator=g)
 
+    items = torch.randint(RESERVED_ROWS, 41, (30,), generator=g)
+    bounds, score = torch.tensor([0, 11, 12, 27]), torch.randn(30, generator=g)
+    held = Histories.of(items, bounds, None, score)
+
     def full(h, table, logsumexp):
-        return FullSoftmax(0, logsumexp)(h, targets, table, rows, None)
+        return FullSoftmax(0, logsumexp)(h, targets, table, rows, None, held)
 
     def two_ranks(h, table, logsumexp):
         parts = []
@@ -145,14 +175,15 @@ def losses_of_modules():
             mine = slice(22 * rank, 22 * rank + 22)
             bias = torch.zeros(22).masked_fill(rows[mine] < RESERVED_ROWS, -torch.inf)
             place = (targets - 22 * rank).where(targets != PADDING_ROW, -1)
-            parts.append(logsumexp(h, table[mine], bias, place_N=place))
+            repeats = held.repeats_of_slice(22 * rank, 22)
+            parts.append(logsumexp(h, table[mine], bias, place_N=place, repeats=repeats))
         lse = torch.logsumexp(torch.stack([lse for lse, _ in parts]), 0)
         target = parts[0][1] + parts[1][1]
         return (lse - target).where(targets != PADDING_ROW, 0.0).sum()
 
     def sampled(in_batch, logq):
         return lambda h, table, logsumexp: SampledSoftmax(12, in_batch, logq, logsumexp)(
-            h, targets, table[ids], ids, log_counts
+            h, targets, table[ids], ids, log_counts, held
         )
 
     def run(loss, logsumexp, kind):
@@ -177,11 +208,14 @@ def opchecks():
     """With and without the optional tensors."""
     from modules.kernels.softmax import candidate_logsumexp_op
 
-    for hits, places in [(False, False), (True, True)]:
-        p = problem(7, 20, 8, hits, places)
+    for options in [(False, False, False), (True, True, True)]:
+        p = problem(7, 20, 8, *options)
         leaves = (p.h_ND.requires_grad_(), p.c_CD.requires_grad_(), p.bias_C)
         ids = (p.candidates_C, p.targets_N, p.place_N)
-        torch.library.opcheck(candidate_logsumexp_op, (*leaves, *ids))
+        repeats = (None,) * 4 if p.repeats is None else p.repeats
+        if p.repeats is not None:
+            p.repeats.score_N.requires_grad_()
+        torch.library.opcheck(candidate_logsumexp_op, (*leaves, *ids, *repeats))
     return "checked"
 
 
@@ -201,7 +235,7 @@ def results():
     return in_interpreter("report", module="test_softmax_kernels")
 
 
-@pytest.mark.parametrize(("kind", "cases"), [("shapes", 12), ("corners", 12), ("losses", 6)])
+@pytest.mark.parametrize(("kind", "cases"), [("shapes", 20), ("corners", 13), ("losses", 6)])
 def test_values_and_gradients(results, kind, cases):
     assert len(results[kind]) == cases
     for case, errors in results[kind].items():
@@ -248,3 +282,10 @@ def test_refuses_what_the_kernels_do_not_have():
         fused(h, c, bias, candidates_C=ids)
     with pytest.raises(ValueError, match="int64"):
         fused(h, c, bias, place_N=ids[:3].int())
+    held = random_repeats(3, 5, torch.Generator(), "cpu")
+    with pytest.raises(ValueError, match="all or none"):
+        fused(h, c, bias, first_ZC=held.first_ZC)
+    with pytest.raises(ValueError, match="int32, int64, int32, fp32"):
+        fused(h, c, bias, None, None, None, *held._replace(token_N=held.sequence_N))
+    with pytest.raises(ValueError, match="a multiple of 128"):
+        fused(h, c, bias, None, None, None, *held._replace(first_ZC=held.first_ZC.contiguous()))

@@ -35,9 +35,9 @@ def batches(dataset, split="test") -> EvaluationBatches:
     return EvaluationBatches(dataset, split, "all", 32, 8, rank=0, world_size=1)
 
 
-def make_recommender(kind="causal") -> Recommender:
+def make_recommender(kind="causal", repeats=False) -> Recommender:
     torch.manual_seed(0)
-    encoder = Encoder(kind, 8, 1, 4, 4, 2, 4, 0.5, True)
+    encoder = Encoder(kind, 8, 1, 4, 4, 2, 4, 0.5, True, repeats=repeats)
     table = ItemTable(ROWS, 8, device=torch.device("cpu"))
     fill_rows(next(table.parameters()).data, 0)
     return Recommender(table, encoder, FullSoftmax(0))
@@ -54,9 +54,13 @@ def histories_and_targets(dataset, split):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
-def test_ranks_are_brute_force(dataset, one_rank, split, kind, monkeypatch):
-    recommender = make_recommender(kind)
+@pytest.mark.parametrize(
+    ("kind", "repeats"), [("causal", False), ("bidirectional", False), ("causal", True)]
+)
+def test_ranks_are_brute_force(dataset, one_rank, split, kind, repeats, monkeypatch):
+    recommender = make_recommender(kind, repeats)
+    if repeats:  # large, and of both signs
+        recommender.encoder.repeat.weight.data.mul_(40)
     monkeypatch.setattr(evaluation, "SCORE_BYTES", 4 * 60 * 7)
     monkeypatch.setattr(evaluation, "BLOCK_BYTES", 4 * 8 * 25)  # three blocks of rows
     monkeypatch.setattr(evaluation, "HIDDEN_BYTES", 4 * 8 * 8 * 2)  # two batches a run
@@ -68,6 +72,8 @@ def test_ranks_are_brute_force(dataset, one_rank, split, kind, monkeypatch):
         offsets = torch.tensor([0, len(history)])
         h = recommender.encoder(table[torch.tensor(history.tolist())], offsets)[-1]
         scores = table @ h
+        if repeats:
+            scores[history.tolist()] += recommender.encoder.repeat_score(h[None])
         rivals = set(range(RESERVED_ROWS, ROWS)) - {int(target)}
         above = {rival for rival in rivals if scores[rival] >= scores[int(target)]}
         fresh = above - set(history.tolist())
