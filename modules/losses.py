@@ -67,6 +67,7 @@ class FullSoftmax(nn.Module):
         log_counts_C: Tensor | None,
     ) -> Tensor:
         """The sum of the losses of this rank's targets, fp32 scalar."""
+        h_SD, c_CD = _product_dtype(h_SD, c_CD)  # half the bytes between ranks under bf16
         h_ND = all_gather(h_SD)
         targets_N = all_gather(targets_S)
         bias_C = torch.zeros_like(candidates_C, dtype=torch.float32)
