@@ -53,11 +53,6 @@ class FullSoftmax(nn.Module):
         super().__init__()
         self.rank, self.logsumexp = rank, logsumexp
 
-    @property
-    def communicates(self) -> bool:
-        """Whether there are collectives inside."""
-        return world_size() > 1
-
     def forward(
         self,
         h_SD: Tensor,
@@ -100,10 +95,6 @@ class SampledSoftmax(nn.Module):
         super().__init__()
         self.negatives, self.in_batch, self.logq = negatives, in_batch, logq
         self.logsumexp = logsumexp
-
-    @property
-    def communicates(self) -> bool:
-        return False
 
     def forward(
         self,
