@@ -1,6 +1,7 @@
 """The scaling of a step over ranks, as a user measures it, small."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from data.errors import InputError
 from tests.trained_run import run_command
 from tests.trainer.test_config import composed
 from tools.benchmarks.scaling import CASES, Case, chosen, measure_case, write_case
-from tools.measure_scaling import efficiency, numbers_of_ranks, table
+from tools.measure_scaling import efficiency, launch, numbers_of_ranks, table
 
 TINY = ["model.width=16", "model.state=4", "model.head=8", "model.layers=1"]
 PARTS = ["loader", "lookup", "model, loss", "all-reduce", "table grad", "update"]
@@ -62,6 +63,19 @@ def test_ranks_that_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
         numbers_of_ranks([0], "cpu")
     assert [one.name for one in chosen(["sampled-20k"], "cpu")] == ["sampled-20k"]
     assert chosen(None, "cuda") == list(CASES["cuda"])
+
+
+def test_a_launch_that_fails_or_hangs_is_ended_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "scaling.json"
+    monkeypatch.setattr(sys, "executable", "/usr/bin/false")
+    assert launch(2, output, "cpu", "", 60) == "2 ranks ended with status 1; the reason is above"
+    hanging = tmp_path / "hanging"
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hanging))
+    assert launch(2, output, "cpu", "", 1) == "2 ranks took longer than launch_seconds=1"
 
 
 def test_a_table_without_room_is_skipped_with_the_reason(tmp_path: Path, one_rank) -> None:

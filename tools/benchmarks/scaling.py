@@ -36,6 +36,7 @@ from trainer.distributed import World, process_group, quiet_libraries
 from trainer.sharding import Sharded
 from trainer.stepper import Stepper
 
+NEGATIVES = 1_024  # of the sampled cases, where the config has none
 USERS = 4 * ML1M_USERS  # 4 M events: an epoch is several steps of eight large batches
 
 
@@ -199,14 +200,15 @@ def measure_case(case: Case, config: Config, world: World, output: Path) -> None
 def case_config(case: Case, config: Config, path: Path, tokens: int) -> Config:
     """The config, changed to what the case fixes, with so many tokens a rank."""
     config = with_data(config, path, "histories", tokens)
-    kind = config.loss.distribution if case.counted else "uniform"
-    loss = replace(config.loss, kind=case.loss, distribution=kind)
-    if case.loss == "sampled" and not loss.negatives:
-        loss = replace(loss, negatives=1_024)
     return replace(
         config,
         model=replace(config.model, width=case.width or config.model.width),
-        loss=loss,
+        loss=replace(
+            config.loss,
+            kind=case.loss,
+            negatives=config.loss.negatives or NEGATIVES,
+            distribution="popularity" if case.counted else "uniform",
+        ),
         embedding=replace(config.embedding, dtype=case.dtype, optimizer=case.optimizer),
         data=replace(config.data, long_history="windows"),  # a strong batch may be short
     )
