@@ -26,7 +26,7 @@ from data.loader import TrainingSteps
 from data.reader import HistoryDataset
 from data.vocabulary import Vocabulary
 from tools.benchmarks.data import with_data
-from tools.benchmarks.inputs import ML1M_USERS, write_data_set
+from tools.benchmarks.inputs import ML1M_ITEMS, ML1M_USERS, write_data_set
 from tools.benchmarks.measure import Timer, Times, release
 from tools.benchmarks.report import device_name, write
 from tools.benchmarks.step import loaded, placed
@@ -64,6 +64,7 @@ def _large(name: str, items: int, tokens: int, width: int | None) -> Case:
 
 CASES = {
     "cuda": (
+        Case("full-3k", "full", ML1M_ITEMS, 16_384),
         Case("full-1m", "full", 1_000_000, 32_768),
         Case("sampled-1m", "sampled", 1_000_000, 65_536),
         _large("sampled-100m", 100_000_000, 65_536, 128),
