@@ -1,7 +1,6 @@
 """Two and three gloo ranks against one: rows, losses, rankings, and checkpoints across all."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,9 @@ import torch
 
 from data.schema import RESERVED_ROWS, Manifest
 from modules.item_table import fill_rows
-from tests.conftest import ROOT
 from tests.data.datasets import random_histories, write_dataset
 from tests.distributed.worker import GROWN_ROWS, ROWS, SHARDINGS, WIDTH
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+from tests.trainer.launch import TORCHRUN, finish, spawn
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +34,15 @@ def write_data(folder: Path) -> None:
 
 def results_of(ranks: int, folder: Path, device: str = "cpu") -> dict:
     """The worker's results at this number of ranks."""
-    launcher = [*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}"]
     out = folder / f"{ranks}.json"
-    command = launcher if ranks > 1 else [sys.executable]
-    run([*command, "-m", "tests.distributed.worker", str(out), str(folder), device])
+    finish(start_worker(ranks, out, folder, device))
     return json.loads(out.read_text())
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def start_worker(ranks: int, out: Path, folder: Path, *more: str) -> subprocess.Popen:
+    launcher = [*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}"]
+    command = launcher if ranks > 1 else [sys.executable]
+    return spawn([*command, "-m", "tests.distributed.worker", str(out), str(folder), *more])
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)

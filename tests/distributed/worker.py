@@ -2,7 +2,7 @@
 
 Trains on the same global batches whatever the number of ranks, with very different numbers of
 targets a rank, and writes what the ranks then agree on as JSON: python -m tests.distributed.worker
-OUT FOLDER [cpu|cuda]. On CUDA it leaves out what does not depend on the device.
+OUT FOLDER [cpu|cuda] [all|graphs]. On CUDA it leaves out what does not depend on the device.
 """
 
 import json
@@ -67,11 +67,11 @@ TRAIN = TrainerConfig(
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
 
 
-def main(out: Path, folder: Path, device: str = "cpu") -> None:
+def main(out: Path, folder: Path, device: str = "cpu", part: str = "all") -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     with process_group(device) as world:
-        results = measure(world, folder)
+        results = graphs(world) if part == "graphs" else measure(world, folder)
     results["threads"] = [one.read_text().strip() for one in Path("/proc/self/task").glob("*/comm")]
     if world.is_main:
         out.write_text(json.dumps(results))
@@ -91,19 +91,19 @@ def measure(world: World, folder: Path) -> dict:
     results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
     results |= evaluations(world, folder)
     if world.device.type == "cuda":
-        return {**results, **graphs(world)}
+        return results
     results["refusals"] = refusals(world, folder)
     return {**results, **damaged_data(world, folder), **grow(world, folder)}
 
 
-def graphs(world: World) -> dict[str, list[float]]:
+def graphs(world: World) -> dict[str, list]:
     """Losses of one `Stepper` each, whose steps are CUDA graphs."""
-    found = {}
+    found: dict[str, list] = {}
     for name, objective in (("full", FullSoftmax(world.rank)), ("sampled", loss())):
         stepper = Stepper(
             build(world, "row_wise", objective), replace(TRAIN, cuda_graphs=True), world, seed=1
         )
-        found[f"graphs {name}"] = [
+        found[name] = [
             step_of(stepper, world, number, name == "sampled") for number in range(STEPS)
         ]
     return found
