@@ -29,9 +29,9 @@ def all_to_all(x: Tensor) -> Tensor:
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = x.new_empty(world_size(), *x.shape)
-        dist.all_gather(list(out.unbind()), x.contiguous())
-        return out.flatten(0, 1)
+        out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -61,11 +61,6 @@ class FullSoftmax(nn.Module):
         super().__init__()
         self.rank, self.logsumexp, self.smoothing = rank, logsumexp, smoothing
 
-    @property
-    def communicates(self) -> bool:
-        """Whether there are collectives inside."""
-        return world_size() > 1
-
     def forward(
         self,
         h_SD: Tensor,
@@ -76,6 +71,7 @@ class FullSoftmax(nn.Module):
         histories: Histories | None = None,
     ) -> Tensor:
         """The sum of the losses of this rank's targets, fp32 scalar."""
+        h_SD, c_CD = _product_dtype(h_SD, c_CD)  # half the bytes between ranks under bf16
         h_ND = all_gather(h_SD)
         targets_N = all_gather(targets_S)
         bias_C = torch.zeros_like(candidates_C, dtype=torch.float32)
@@ -122,10 +118,6 @@ class SampledSoftmax(nn.Module):
         super().__init__()
         self.negatives, self.in_batch, self.logq = negatives, in_batch, logq
         self.logsumexp = logsumexp
-
-    @property
-    def communicates(self) -> bool:
-        return False
 
     def forward(
         self,

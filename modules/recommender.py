@@ -44,10 +44,11 @@ class Recommender(nn.Module):
                 c_CD,
                 candidates_C,
                 batch.log_counts_C,
-                self._histories(h_SD, batch),
+                self.histories(h_SD, batch),
             )
 
-    def _histories(self, h_SD: Tensor, batch: SequenceBatch) -> Histories | None:
+    def histories(self, h_SD: Tensor, batch: SequenceBatch) -> Histories | None:
+        """What the loss needs to know repeats, for an encoder that scores them."""
         if not self.encoder.repeats:
             return None
         score_S = self.encoder.repeat_score(h_SD)

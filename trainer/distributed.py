@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,10 @@ def process_group(device: str) -> Iterator[World]:
     )
     try:
         yield World(rank, size, local_rank, local_size, where)
-    except BaseException:
+    except BaseException as error:
+        # What the failed calls held: a graph with collectives inside keeps NCCL from ending.
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
         # NCCL's shutdown waits for the other ranks, and they may be waiting for this one.
         if backend == "gloo":
             _leave()

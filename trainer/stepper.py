@@ -38,9 +38,9 @@ class Stepper:
     ranks, as is done here for the dense ones, so this rank's part of the global mean is weighted by
     the number of ranks.
 
-    On CUDA, with `trainer.cuda_graphs`, all between rows and gradients is a CUDA graph, and the
-    dense update another; they are captured at the first step. With a loss that communicates there
-    is neither: the second reads gradients where the first leaves them.
+    On CUDA, with `trainer.cuda_graphs`, all between rows and gradients is a CUDA graph, the
+    collectives of a full softmax on several ranks included, and the dense update another; they are
+    captured at the first step. NCCL waits for such graphs to be gone before a group can end.
     """
 
     _batch: SequenceBatch
@@ -56,8 +56,8 @@ class Stepper:
         # FBGEMM's Adam counts every lookup as an update, those of an evaluation too.
         self._tables = table_kernels(sharded.model)
         self._updates = max((int(one.iter) for one in self._tables), default=0)
-        on_gpu, alone = world.device.type == "cuda", not sharded.recommender.loss.communicates
-        self._captures = config.cuda_graphs and on_gpu and alone
+        on_gpu = world.device.type == "cuda"
+        self._captures = config.cuda_graphs and on_gpu
         self._compiles = on_gpu
         self._replay_gradients: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
         self._replay_update: Callable[[], Tensor | None] | None = None

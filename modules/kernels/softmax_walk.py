@@ -55,10 +55,9 @@ def scaled_logits(
     bias_K = tl.load(bias_ptr + c_K, mask=inside_K, other=float("-inf")) * LOG2E
     if HITS:
         id_K = tl.load(id_ptr + c_K, mask=inside_K, other=-1)
-    if REPEATS:  # rows are padded, so that whole tiles can be read
-        repeat_RK = tl.load(first_ptr_R[:, None] + c_K[None, :]) <= token_R[:, None]
-    else:
-        repeat_RK = c_K
+    # rows of `first` are padded, so that whole tiles can be read
+    first_RK = tl.load(first_ptr_R[:, None] + c_K[None, :]) if REPEATS else c_K
+    repeat_RK = first_RK <= token_R[:, None] if REPEATS else c_K
     if D > COLUMNS:
         logit_RK = tl.zeros([n_R.shape[0], c_K.shape[0]], tl.float32)
         for first in range(0, D, COLUMNS):

@@ -1,7 +1,6 @@
 """Two and three gloo ranks against one: rows, losses, rankings, and checkpoints across all."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,46 +8,41 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.schema import Manifest
+from data.schema import RESERVED_ROWS, Manifest
 from modules.item_table import fill_rows
-from tests.conftest import ROOT
-from tests.data.datasets import write_dataset
+from tests.data.datasets import random_histories, write_dataset
 from tests.distributed.worker import GROWN_ROWS, ROWS, SHARDINGS, WIDTH
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+from tests.trainer.launch import TORCHRUN, finish, spawn
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, dict]:
     """The worker's results by number of ranks. Each writes a checkpoint that the next reads."""
     folder = tmp_path_factory.mktemp("ranks")
+    write_data(folder)
+    return {ranks: results_of(ranks, folder) for ranks in (2, 1, 3)}
+
+
+def write_data(folder: Path) -> None:
+    """The worker's data sets: what it evaluates, and two hosts' damaged copies of another."""
     for copy in range(2):
         data = write_dataset(folder / f"data{copy}", [[8, 9, 10]] * 8, files=4)
         flip_a_bit(data / Manifest.read(data).histories[1 + copy].path)
-    found = {}
-    for ranks, launcher in [
-        (2, [*TORCHRUN, "--standalone", "--nproc_per_node=2"]),
-        (1, [sys.executable]),
-        (3, [*TORCHRUN, "--standalone", "--nproc_per_node=3"]),
-    ]:
-        out = folder / f"{ranks}.json"
-        command = [*launcher, "-m", "tests.distributed.worker", str(out), str(folder)]
-        run(command)
-        found[ranks] = json.loads(out.read_text())
-    return found
+    histories = random_histories(60, 20, ROWS - RESERVED_ROWS)
+    write_dataset(folder / "histories", histories, table_rows=ROWS, row_group_users=20)
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def results_of(ranks: int, folder: Path, device: str = "cpu") -> dict:
+    """The worker's results at this number of ranks."""
+    out = folder / f"{ranks}.json"
+    finish(start_worker(ranks, out, folder, device))
+    return json.loads(out.read_text())
+
+
+def start_worker(ranks: int, out: Path, folder: Path, *more: str) -> subprocess.Popen:
+    launcher = [*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}"]
+    command = launcher if ranks > 1 else [sys.executable]
+    return spawn([*command, "-m", "tests.distributed.worker", str(out), str(folder), *more])
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
@@ -79,6 +73,14 @@ def test_best_items_are_merged_over_shards(results, sharding):
 def test_checkpoint_resumes_at_any_number_of_ranks(results, saved, ranks, sharding):
     uninterrupted = results[2]["full row_wise"][4:]
     assert results[ranks][f"from-{saved} {sharding}"] == pytest.approx(uninterrupted, rel=2e-6)
+
+
+def test_exact_ranks_are_the_same_on_two_ranks(results):
+    expected = results[2]["ranks"]
+    assert results[2]["ranks of 2"] == expected, "what was saved is what was evaluated"
+    assert results[1]["ranks of 2"] == expected
+    assert len({filtered for filtered, *_ in expected}) > 10
+    assert any(filtered < unfiltered for filtered, unfiltered, *_ in expected)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

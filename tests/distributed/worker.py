@@ -2,7 +2,7 @@
 
 Trains on the same global batches whatever the number of ranks, with very different numbers of
 targets a rank, and writes what the ranks then agree on as JSON: python -m tests.distributed.worker
-OUT FOLDER.
+OUT FOLDER [cpu|cuda] [all|graphs]. On CUDA it leaves out what does not depend on the device.
 """
 
 import json
@@ -15,8 +15,10 @@ import torch.distributed as dist
 
 from data.batch import SequenceBatch
 from data.errors import InputError
+from data.evaluation import EvaluationBatches
 from data.loader import Step
 from data.negatives import full_slice
+from data.reader import HistoryDataset
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules.encoder import Encoder
 from modules.item_table import ItemTable
@@ -25,7 +27,7 @@ from modules.recommender import Recommender
 from trainer.checkpoint import RunState, checkpoint_path, load, verify
 from trainer.config import DataConfig, TableConfig, TrainerConfig
 from trainer.distributed import World, process_group, quiet_libraries
-from trainer.evaluate import top_items
+from trainer.evaluate import evaluate, top_items
 from trainer.open_data import open_data
 from trainer.run_folder import require_agreement, require_shared
 from trainer.saver import Saver
@@ -33,8 +35,12 @@ from trainer.sharding import Sharded, plan_table, shard
 from trainer.stepper import Stepper
 from trainer.warm_start import GrownTable
 
-ROWS, WIDTH, TOKENS, NEGATIVES, STEPS = 101, 16, 32, 24, 8
+ROWS, WIDTH, TOKENS, NEGATIVES, STEPS = 101, 64, 32, 24, 8
+STATE, HEAD = 16, 32  # there are kernels for these
 GROWN_ROWS = 118
+# Of the table; neither depends on how a row is cut into columns.
+OPTIMIZERS = {"cpu": "adagrad", "cuda": "adam"}
+EVERY_DEVICE = "rowwise_adagrad"  # for checkpoints that another kind of device reads
 TRAIN = TrainerConfig(
     "cpu",
     "fp32",
@@ -61,11 +67,11 @@ TRAIN = TrainerConfig(
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
 
 
-def main(out: Path, folder: Path) -> None:
+def main(out: Path, folder: Path, device: str = "cpu", part: str = "all") -> None:
     quiet_libraries()
     torch.set_num_threads(1)
-    with process_group("cpu") as world:
-        results = measure(world, folder)
+    with process_group(device) as world:
+        results = graphs(world) if part == "graphs" else measure(world, folder)
     results["threads"] = [one.read_text().strip() for one in Path("/proc/self/task").glob("*/comm")]
     if world.is_main:
         out.write_text(json.dumps(results))
@@ -83,8 +89,57 @@ def measure(world: World, folder: Path) -> dict:
         results[f"top {sharding}"] = best(sharded, world)
     sampled = build(world, "row_wise", loss())
     results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
+    results |= evaluations(world, folder)
+    if world.device.type == "cuda":
+        return results
     results["refusals"] = refusals(world, folder)
     return {**results, **damaged_data(world, folder), **grow(world, folder)}
+
+
+def graphs(world: World) -> dict[str, list]:
+    """Losses of one `Stepper` each, whose steps are CUDA graphs."""
+    found: dict[str, list] = {}
+    for name, objective in (("full", FullSoftmax(world.rank)), ("sampled", loss())):
+        stepper = Stepper(
+            build(world, "row_wise", objective), replace(TRAIN, cuda_graphs=True), world, seed=1
+        )
+        found[name] = [
+            step_of(stepper, world, number, name == "sampled") for number in range(STEPS)
+        ]
+    return found
+
+
+def evaluations(world: World, folder: Path) -> dict[str, list]:
+    """Train, save and evaluate; evaluate what other ranks saved so. For "ranks from-2", say."""
+    sharded = build(world, "row_wise", FullSoftmax(world.rank), optimizer=EVERY_DEVICE)
+    for number in range(4):
+        step(sharded, world, number, sampled=False)
+    save(folder / f"evaluated-{world.size}", sharded, world)
+    return {"ranks": ranks(sharded, world, folder), **evaluate_saved(world, folder)}
+
+
+def evaluate_saved(world: World, folder: Path) -> dict[str, list]:
+    """Both protocols' ranks, and the next losses, of each checkpoint that `evaluations` saved."""
+    found: dict[str, list] = {}
+    for saved in sorted(folder.glob("evaluated-*")):
+        sharded = build(world, "row_wise", FullSoftmax(world.rank), optimizer=EVERY_DEVICE)
+        load(checkpoint_path(saved, 4), sharded)
+        number_of_ranks = saved.name.removeprefix("evaluated-")
+        found[f"ranks of {number_of_ranks}"] = ranks(sharded, world, folder)
+        found[f"losses of {number_of_ranks}"] = [
+            step(sharded, world, number, sampled=False) for number in range(4, STEPS)
+        ]
+    return found
+
+
+def ranks(sharded: Sharded, world: World, folder: Path) -> list[list[int]]:
+    """(filtered rank, unfiltered rank, target, history length) of each target, in one order."""
+    batches = EvaluationBatches(
+        HistoryDataset(folder / "histories"), "test", "all", TOKENS, 4, world.rank, world.size
+    )
+    found = evaluate(sharded.recommender, batches, world, ROWS)
+    columns = found.filtered_N, found.unfiltered_N, found.targets_N, found.history_length_N
+    return sorted(list(map(int, one)) for one in zip(*columns, strict=True))
 
 
 def skipped(world: World) -> list[bool]:
@@ -151,11 +206,13 @@ def data_config(damaged_files: str) -> DataConfig:
 
 
 def build(
-    world: World, sharding: str, loss, rows: int = ROWS, optimizer: str = "adagrad"
+    world: World, sharding: str, loss, rows: int = ROWS, optimizer: str | None = None
 ) -> Sharded:
+    optimizer = optimizer or OPTIMIZERS[world.device.type]
     table = TableConfig(sharding, "fp32", "none", 0.1, optimizer, 0.05, 0.9, 0.98, 1e-8)
     torch.manual_seed(1)
-    encoder = Encoder("causal", WIDTH, 1, 4, 8, 2, 4, 0.0, True, repeats=True)
+    with torch.device(world.device):
+        encoder = Encoder("causal", WIDTH, 1, STATE, HEAD, 2, 4, 0.0, True, repeats=True)
     recommender = Recommender(ItemTable(rows, WIDTH, device=torch.device("meta")), encoder, loss)
     plan = plan_table(recommender, table, world, TOKENS, rows)
     return shard(recommender, plan, table, TRAIN, world, seed=3)
@@ -163,9 +220,12 @@ def build(
 
 def step(sharded: Sharded, world: World, number: int, sampled: bool) -> float:
     """One step on global batch `number`; the mean loss over all its targets."""
+    return step_of(Stepper(sharded, TRAIN, world, seed=1), world, number, sampled)
+
+
+def step_of(stepper: Stepper, world: World, number: int, sampled: bool) -> float:
     batch = global_batch(number % 2, world, sampled)
-    one = Step(batch, number, 0, 0, False, 0.0, 2 * TOKENS, 25)
-    total = Stepper(sharded, TRAIN, world, seed=1).take(one, number).loss
+    total = stepper.take(Step(batch, number, 0, 0, False, 0.0, 2 * TOKENS, 25), number).loss
     dist.all_reduce(total)
     return float(total / batch.step_targets)
 
@@ -199,11 +259,12 @@ def table_rows(sharded: Sharded, rows: int = ROWS) -> list[list[float]]:
     ids = torch.arange(rows)
     batch = SequenceBatch.build(ids, ids[:1], torch.tensor([0, rows]), ids)
     with torch.no_grad():
+        batch = batch.to(sharded.dense_parameters[0].device)
         return sharded.recommender.table(batch.features)[0].tolist()
 
 
 def best(sharded: Sharded, world: World) -> list[list[int]]:
-    h = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+    h = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0)).to(world.device)
     with torch.no_grad():
         return top_items(sharded.recommender, h, 10, world, ROWS)[0].tolist()
 
@@ -263,4 +324,4 @@ def loss() -> SampledSoftmax:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

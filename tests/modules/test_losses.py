@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from data.schema import PADDING_ROW, RESERVED_ROWS
+from modules import losses
 from modules.losses import FullSoftmax, SampledSoftmax, logsumexp_reference
 from modules.repeats import Histories
 
@@ -35,6 +36,16 @@ def test_full_softmax_is_cross_entropy_over_the_items():
         h[real] @ c[RESERVED_ROWS:].T, targets[real] - RESERVED_ROWS, reduction="sum"
     )
     assert_same(ours, expected, (h, c))
+
+
+def test_hidden_states_cross_between_ranks_in_the_dtype_of_the_products(monkeypatch):
+    sent = []
+    monkeypatch.setattr(losses, "all_gather", lambda x: sent.append(x.dtype) or x)
+    h, c, targets = problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = FullSoftmax(rank=0)(h.float(), targets, c.float(), torch.arange(40), None)
+    assert sent == [torch.bfloat16, torch.int64]
+    assert total.dtype == torch.float32
 
 
 def test_full_softmax_ignores_padding_behind_the_table():

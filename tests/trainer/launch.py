@@ -53,16 +53,15 @@ def start(
     program: str = "trainer/main.py",
 ) -> subprocess.Popen:
     """torchrun with so many ranks; `extra` goes to torchrun itself."""
+    # --standalone: a free port, where two runs of one machine would share torchrun's default.
+    launcher = [*TORCHRUN, f"--nproc_per_node={ranks}", *(extra or ["--standalone"])]
+    return spawn([*launcher, program, *TINY, *arguments])
+
+
+def spawn(command: list[str]) -> subprocess.Popen:
+    """A command at the project's root, for `finish`."""
     return subprocess.Popen(
-        # --standalone: a free port, where two runs of one machine would share torchrun's default.
-        [
-            *TORCHRUN,
-            f"--nproc_per_node={ranks}",
-            *(extra or ["--standalone"]),
-            program,
-            *TINY,
-            *arguments,
-        ],
+        command,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -72,9 +71,10 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen, seconds: float = 240.0) -> str:
+    """What it printed, once it has ended well within so long; the test fails otherwise."""
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
         output, _ = process.communicate()

@@ -1,5 +1,7 @@
 """What a rank refuses before it joins the others, on hosts as they are not here."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -10,6 +12,21 @@ from trainer.distributed import process_group
 def refused(message: str, device: str) -> None:
     with pytest.raises(InputError, match=message), process_group(device):
         pytest.fail("the group was joined")
+
+
+def test_what_a_failed_call_held_is_gone_before_the_group_ends():
+    """Its exception is still there, to be shown."""
+    held = []
+
+    def fail() -> None:
+        graph = torch.zeros(1)
+        held.append(weakref.ref(graph))
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no") as caught, process_group("cpu"):
+        fail()
+    assert held[0]() is None
+    assert caught.tb is not None
 
 
 def test_more_ranks_than_cards(monkeypatch):

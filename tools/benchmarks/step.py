@@ -28,8 +28,9 @@ from tools.benchmarks.measure import Floor
 from trainer import build
 from trainer.checkpoint import RunState
 from trainer.config import Config
+from trainer.distributed import World
 from trainer.observe import flops_per_token
-from trainer.sharding import plan_table, shard
+from trainer.sharding import Sharded, plan_table, shard
 from trainer.stepper import Stepper
 
 
@@ -53,16 +54,28 @@ def step_config(config: Config, path: Path, batch_tokens: int) -> Config:
 
 def assemble(bench: Bench, config: Config, stack: ExitStack) -> tuple[Stepper, TrainingSteps]:
     """What takes the trainer's steps, and the steps to take."""
-    world = bench.world
     dataset = HistoryDataset(Path(config.data.path))
-    config = build.resolve(config, world, dataset)
-    drawn = build.candidates(config, dataset.table_rows, Vocabulary.read(dataset.folder), world)
-    model = build.recommender(config, dataset.table_rows, world)
-    looked_up = build.candidate_count(config, dataset.table_rows, world)
+    config = build.resolve(config, bench.world, dataset)
+    sharded = placed(config, dataset.table_rows, bench.world)
+    vocabulary = Vocabulary.read(dataset.folder)
+    steps = stack.enter_context(loaded(config, dataset, vocabulary, bench.world))
+    return Stepper(sharded, config.trainer, bench.world, config.seed), steps
+
+
+def placed(config: Config, table_rows: int, world: World) -> Sharded:
+    """A resolved config's model, planned and sharded as the trainer does it."""
+    model = build.recommender(config, table_rows, world)
+    looked_up = build.candidate_count(config, table_rows, world)
     plan = plan_table(model, config.embedding, world, config.data.tokens_a_batch, looked_up)
-    sharded = shard(model, plan, config.embedding, config.trainer, world, config.seed)
-    steps = stack.enter_context(build.training_steps(config, dataset, drawn, world, RunState()))
-    return Stepper(sharded, config.trainer, world, config.seed), steps
+    return shard(model, plan, config.embedding, config.trainer, world, config.seed)
+
+
+def loaded(
+    config: Config, dataset: HistoryDataset, vocabulary: Vocabulary, world: World
+) -> TrainingSteps:
+    """The steps of a run that begins; a context manager."""
+    drawn = build.candidates(config, dataset.table_rows, vocabulary, world)
+    return build.training_steps(config, dataset, drawn, world, RunState())
 
 
 def _measure(bench: Bench, name: str, stepper: Stepper, steps: TrainingSteps) -> None:
@@ -127,7 +140,8 @@ def _parts(
 
     def loss() -> None:
         with bench.autocast():
-            total = recommender.loss(h_SD, batch.targets_S, c_CD, candidates_C, batch.log_counts_C)
+            inputs = h_SD, batch.targets_S, c_CD, candidates_C, batch.log_counts_C
+            total = recommender.loss(*inputs, recommender.histories(h_SD, batch))
         torch.autograd.grad(total, (h_SD, c_CD))
 
     def update() -> None:
