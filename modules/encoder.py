@@ -337,7 +337,7 @@ class Encoder(nn.Module):
     that of autocast where it is on, else that of the input. The norms compute in fp32 and round
     once. Every projection rounds its input to that dtype anyway, and post-norm re-normalises the
     stream at each sublayer, so its rounding does not pile up; it halves the bytes of the norms and
-    spares a cast in front of each product. The output has the dtype of the input.
+    spares a cast in front of each product.
     """
 
     def __init__(
@@ -386,15 +386,20 @@ class Encoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(
-        self, x_TD: Tensor, offsets_B1: Tensor, read_positions_S: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        offsets_B1: Tensor,
+        read_positions_S: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """h [S, D] at the read positions, every token when None (S = T).
+        """h [S, D] at the read positions, every token when None (S = T); in `dtype`, or that of x.
 
         offsets_B1: int64, see `data.batch.SequenceBatch`. The output at padding tokens has no
         meaning. read_positions_S: any tokens, in any order, repeated or not.
         """
         position_T, reversed_T = positions(offsets_B1, x_TD.shape[0])
-        dtype = x_TD.dtype
+        if dtype is None:
+            dtype = x_TD.dtype
         x_TD = self.norm(self.dropout(x_TD)) if torch.jit.is_scripting() else self._stream(x_TD)
         for number, layer in enumerate(self.layers):
             if number < len(self.layers) - 1:

@@ -37,7 +37,9 @@ class Recommender(nn.Module):
         """`forward` behind the lookups, from the batch's history and candidate rows."""
         candidates_C = batch.features[CANDIDATES].values()
         with _products(x_TD, self.autocast):
-            h_SD = self.encoder(x_TD, batch.offsets_B1, batch.read_positions_S)
+            # In the products' dtype, to which the loss would round it anyway.
+            kind = self.autocast if x_TD.dtype == torch.float32 else x_TD.dtype
+            h_SD = self.encoder(x_TD, batch.offsets_B1, batch.read_positions_S, kind)
             return self.loss(
                 h_SD,
                 batch.targets_S,

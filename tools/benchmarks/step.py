@@ -119,23 +119,29 @@ def _parts(
 ) -> dict[str, tuple[Callable[[], object], Floor | None]]:
     """Each part as a call on one batch, with its floor. Leaves the dense gradients in place."""
     recommender, model = stepper.sharded.recommender, bench.config.model
+
+    def encoded() -> torch.Tensor:
+        where = batch.offsets_B1, batch.read_positions_S
+        return recommender.encoder(x_TD, *where, recommender.autocast)
+
     with torch.no_grad():
         x_TD, c_CD = (one.detach() for one in recommender.table(batch.features))
         with bench.autocast():
-            h_SD = recommender.encoder(x_TD, batch.offsets_B1, batch.read_positions_S)
+            h_SD = encoded()
     dx_TD, dc_CD = torch.randn_like(x_TD) * 1e-4, torch.randn_like(c_CD) * 1e-4
     dh_SD = torch.randn_like(h_SD)
     for leaf in (x_TD, c_CD, h_SD):
         leaf.requires_grad_()
     candidates_C = batch.features[CANDIDATES].values()
-    dense = [one for one in recommender.encoder.parameters() if one.requires_grad]
+    repeat = set(recommender.encoder.repeat.parameters())  # the loss's, not the encoder's
+    dense = [one for one in recommender.encoder.parameters() if one not in repeat]
 
     def table() -> None:
         torch.autograd.backward(recommender.table(batch.features), (dx_TD, dc_CD))
 
     def encode() -> tuple[torch.Tensor, ...]:
         with bench.autocast():
-            out_SD = recommender.encoder(x_TD, batch.offsets_B1, batch.read_positions_S)
+            out_SD = encoded()
         return torch.autograd.grad(out_SD, [x_TD, *dense], dh_SD)
 
     def loss() -> None:
