@@ -36,7 +36,7 @@ class Recommender(nn.Module):
         """`forward` behind the lookups, from the batch's history and candidate rows."""
         candidates_C = batch.features[CANDIDATES].values()
         with _products(x_TD, self.autocast):
-            h_SD = self.encoder(x_TD, batch.offsets_B1, batch.read_positions_S)
+            h_SD = self._encode(x_TD, batch.offsets_B1, batch.read_positions_S)
             return self.loss(h_SD, batch.targets_S, c_CD, candidates_C, batch.log_counts_C)
 
     def hidden(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,12 @@ class Recommender(nn.Module):
     def encode(self, x_TD: Tensor, offsets_B1: Tensor, read_positions_S: Tensor | None) -> Tensor:
         """The encoder alone, with its products in `autocast`; hidden states [S, D]."""
         with _products(x_TD, self.autocast):
-            return self.encoder(x_TD, offsets_B1, read_positions_S)
+            return self._encode(x_TD, offsets_B1, read_positions_S)
+
+    def _encode(self, x_TD: Tensor, offsets_B1: Tensor, read_positions_S: Tensor | None) -> Tensor:
+        # A batch that names read positions names the last token of each sequence.
+        read_last = read_positions_S is not None
+        return self.encoder(x_TD, offsets_B1, read_positions_S, read_last)
 
 
 def _products(like: Tensor, autocast: torch.dtype) -> torch.autocast:

@@ -106,10 +106,12 @@ def _parts(
 ) -> dict[str, tuple[Callable[[], object], Floor | None]]:
     """Each part as a call on one batch, with its floor. Leaves the dense gradients in place."""
     recommender, model = stepper.sharded.recommender, bench.config.model
+    read_S = batch.read_positions_S
+    reads = (batch.offsets_B1, read_S, read_S is not None)
     with torch.no_grad():
         x_TD, c_CD = (one.detach() for one in recommender.table(batch.features))
         with bench.autocast():
-            h_SD = recommender.encoder(x_TD, batch.offsets_B1, batch.read_positions_S)
+            h_SD = recommender.encoder(x_TD, *reads)
     dx_TD, dc_CD = torch.randn_like(x_TD) * 1e-4, torch.randn_like(c_CD) * 1e-4
     dh_SD = torch.randn_like(h_SD)
     for leaf in (x_TD, c_CD, h_SD):
@@ -122,7 +124,7 @@ def _parts(
 
     def encode() -> tuple[torch.Tensor, ...]:
         with bench.autocast():
-            out_SD = recommender.encoder(x_TD, batch.offsets_B1, batch.read_positions_S)
+            out_SD = recommender.encoder(x_TD, *reads)
         return torch.autograd.grad(out_SD, [x_TD, *dense], dh_SD)
 
     def loss() -> None:
