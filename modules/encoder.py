@@ -99,10 +99,9 @@ class Mamba2Mixer(nn.Module):
         else:
             xBC, dt_TH = self._split_scan(proj_TG)
             y_SE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
-        z_SE = self._gate(u_GSD[0])
-        return self.out_proj(gated_norm(y_SE, z_SE, self.norm_weight, self.gated_norm_eps)), u_GSD[
-            0
-        ]
+        u_SD = u_GSD[0]
+        y_SE = gated_norm(y_SE, self._gate(u_SD), self.norm_weight, self.gated_norm_eps)
+        return self.out_proj(y_SE), u_SD
 
     def core(
         self,

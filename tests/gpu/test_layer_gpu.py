@@ -93,6 +93,36 @@ def test_encoder_values_and_gradients(kind, restore_order, read, dtype):
     assert all(error < limit for error in errors.values()), errors
 
 
+@pytest.mark.parametrize("restore_order", [False, True])
+@pytest.mark.parametrize("read_last", [False, True])
+def test_a_graph_of_both_directions_follows_new_lengths(read_last, restore_order):
+    torch.manual_seed(0)
+    encoder = Encoder(
+        "bidirectional", width=128, layers=2, state=64, head=16, expand=2, conv=4, dropout=0.0,
+        norm_embedding=True, restore_order=restore_order,
+    ).cuda()  # fmt: skip
+    x = torch.randn(3000, 128, device="cuda", requires_grad=True)
+    offsets = torch.tensor([0, 1, 700, 701, 2900], device="cuda")
+    d = torch.randn(4 if read_last else len(x), 128, device="cuda")
+
+    def run():
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            out = encoder(x, offsets, offsets[1:] - 1 if read_last else None, read_last)
+        return [out.detach(), *torch.autograd.grad(out, [x, *encoder.parameters()], d)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    offsets.copy_(torch.tensor([0, 1400, 1463, 2999, 3000]))
+    graph.replay()
+    for one, other in zip(got, run(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_captured_graph_draws_new_masks_and_its_backward_the_same():
     from modules.kernels.residual_norm import residual_norm_triton
 

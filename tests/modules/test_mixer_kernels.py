@@ -226,6 +226,8 @@ def test_no_token():
         ({"proj": torch.zeros(4, 99)}, "does not fit"),
         ({"offsets": torch.tensor([0, 4], dtype=torch.int32)}, "offsets must be contiguous int64"),
         ({"position": torch.zeros(4, dtype=torch.int32)}, "positions must be contiguous int64"),
+        ({"mirror": torch.zeros(4, dtype=torch.int32)}, "mirror must be contiguous int64"),
+        ({"mirror": torch.zeros(3, dtype=torch.int64)}, r"mirror must be \[4\]"),
     ],
 )
 def test_refuses_what_it_cannot_do(change, message):
@@ -239,5 +241,5 @@ def test_refuses_what_it_cannot_do(change, message):
     with pytest.raises(ValueError, match=message):
         mixer_core_triton(
             change.get("proj", proj), *parameters, change.get("offsets", offsets),
-            change.get("position", position), 1e-5,
+            change.get("position", position), 1e-5, mirror_T=change.get("mirror"),
         )  # fmt: skip
