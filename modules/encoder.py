@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from modules.fused import (
     at_least_fp32,
     gated_norm,
-    gated_norm_both,
+    gated_norm_both_reference,
     gelu_dropout,
     input_norm,
     permute_rows,
+    project_and_read,
     project_residual,
     residual_norm,
 )
@@ -80,31 +81,65 @@ class Mamba2Mixer(nn.Module):
         offsets_B1: Tensor,
         position_T: Tensor,
         read_S: Tensor | None = None,
+        read_last: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """One direction; out and u, for the residual sum, [T, D], or [S, D] at the tokens `read_S`.
 
         Behind the scan everything is position-wise: with `read_S`, z, gate, norm and out_proj
-        exist at those rows only.
+        exist at those rows only. read_last: see `Encoder.forward`.
         """
         if read_S is None:
             proj_TF, u_TD = project_residual(u_TD, self.in_proj.weight)
             return self.out_proj(self.core(proj_TF, offsets_B1, position_T)), u_TD
-        z_SE = self._project_gate(u_TD, read_S)
-        xBC, dt_TH = self._project_scan(u_TD)
-        y_SE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
-        y_SE = gated_norm(y_SE, z_SE, self.norm_weight, self.gated_norm_eps)
-        return self.out_proj(y_SE), u_TD.index_select(0, read_S)
+        proj_TG, u_GSD = project_and_read(
+            u_TD, self.in_proj.weight[self.inner :], read_S.unsqueeze(0)
+        )
+        if read_last and not torch.jit.is_scripting() and u_TD.is_cuda:
+            y_SE, _ = self._last_cuda(proj_TG, offsets_B1, position_T, None)
+        else:
+            xBC, dt_TH = self._split_scan(proj_TG)
+            y_SE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
+        u_SD = u_GSD[0]
+        y_SE = gated_norm(y_SE, self._gate(u_SD), self.norm_weight, self.gated_norm_eps)
+        return self.out_proj(y_SE), u_SD
 
-    def core(self, proj_TF: Tensor, offsets_B1: Tensor, position_T: Tensor) -> Tensor:
-        """One direction between the projections, [T, E]; on CUDA one node of autograd."""
+    def core(
+        self,
+        proj_TF: Tensor,
+        offsets_B1: Tensor,
+        position_T: Tensor,
+        reversed_T: Tensor | None = None,
+        beta: float = 0.0,
+        restore_order: bool = False,
+    ) -> Tensor:
+        """What is between the projections, [T, E]; on CUDA one node of autograd.
+
+        One direction, or with `reversed_T` both (see `both`).
+        """
         if not torch.jit.is_scripting() and proj_TF.is_cuda:
-            return self._core_cuda(proj_TF, offsets_B1, position_T)
+            return self._core_cuda(
+                proj_TF, offsets_B1, position_T, reversed_T, beta, restore_order
+            )  # fmt: skip
+        eps, weight_E = self.gated_norm_eps, self.norm_weight
         z_TE, xBC, dt_TH = self._split(proj_TF)
         y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
-        return gated_norm(y_TE, z_TE, self.norm_weight, self.gated_norm_eps)
+        if reversed_T is None:
+            return gated_norm(y_TE, z_TE, weight_E, eps)
+        r_TE = self._scan_reversed(xBC, dt_TH, offsets_B1, position_T, reversed_T)
+        return gated_norm_both_reference(
+            y_TE, r_TE, z_TE, weight_E, eps, beta, reversed_T, restore_order
+        )
 
     @torch.jit.unused
-    def _core_cuda(self, proj_TF: Tensor, offsets_B1: Tensor, position_T: Tensor) -> Tensor:
+    def _core_cuda(
+        self,
+        proj_TF: Tensor,
+        offsets_B1: Tensor,
+        position_T: Tensor,
+        reversed_T: Tensor | None,
+        beta: float,
+        restore_order: bool,
+    ) -> Tensor:
         from modules.kernels.mixer import mixer_core_triton  # Triton is there only with a GPU
 
         return mixer_core_triton(
@@ -118,7 +153,59 @@ class Mamba2Mixer(nn.Module):
             offsets_B1,
             position_T,
             self.gated_norm_eps,
+            mirror_T=reversed_T,
+            beta=beta,
+            restore=restore_order,
         )
+
+    @torch.jit.unused
+    def _last_cuda(
+        self,
+        proj_TG: Tensor,
+        offsets_B1: Tensor,
+        position_T: Tensor,
+        reversed_T: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The scan at each sequence's last token, [B, E], and with `reversed_T` the reversed one's.
+
+        The reversed direction's last token is the sequence's first.
+        """
+        from modules.kernels.mixer import mixer_last_triton
+
+        return mixer_last_triton(
+            proj_TG,
+            self.conv_weight,
+            self.conv_bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            offsets_B1,
+            position_T,
+            self.inner,
+            mirror_T=reversed_T,
+        )
+
+    @torch.jit.unused
+    def _last_both_cuda(
+        self,
+        proj_TG: Tensor,
+        u_SD: Tensor,
+        offsets_B1: Tensor,
+        position_T: Tensor,
+        reversed_T: Tensor,
+        restore_order: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Both directions' scans as the last tokens read them, [S, E] each.
+
+        Put back in order, the reversed one has read the last token alone there.
+        """
+        if not restore_order:
+            return self._last_cuda(proj_TG, offsets_B1, position_T, reversed_T)
+        y_SE, _ = self._last_cuda(proj_TG, offsets_B1, position_T, None)
+        alone_SG = F.linear(u_SD, self.in_proj.weight[self.inner :])
+        alone_S1 = torch.arange(len(u_SD) + 1, device=u_SD.device)
+        r_SE, _ = self._last_cuda(alone_SG, alone_S1, torch.zeros_like(alone_S1[:-1]), None)
+        return y_SE, r_SE
 
     def both(
         self,
@@ -129,34 +216,36 @@ class Mamba2Mixer(nn.Module):
         beta: float,
         restore_order: bool,
         read_S: Tensor | None = None,
+        read_last: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """forward(u) + beta forward(u[reversed]), the latter put back with `restore_order`, and u.
 
         in_proj is position-wise and out_proj linear, so each runs once:
         out_proj(N(y, z) + beta N(r, z[reversed])), N the gated norm, r the scan of xBC[reversed].
         """
-        eps, weight_E = self.gated_norm_eps, self.norm_weight
         if read_S is None:
             proj_TF, u_TD = project_residual(u_TD, self.in_proj.weight)
-            z_TE, xBC, dt_TH = self._split(proj_TF)
-            y_TE = self._scan(xBC, dt_TH, offsets_B1, position_T)
-            r_TE = self._scan_reversed(xBC, dt_TH, offsets_B1, position_T, reversed_T)
-            gated_TE = gated_norm_both(
-                y_TE, r_TE, z_TE, weight_E, eps, beta, reversed_T, restore_order
-            )
-            return self.out_proj(gated_TE), u_TD
-        xBC, dt_TH = self._project_scan(u_TD)
-        mirror_S = reversed_T.index_select(0, read_S)
-        y_SE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
-        z_SE = self._project_gate(u_TD, read_S)
-        y_SE = gated_norm(y_SE, z_SE, weight_E, eps)
+            core_TE = self.core(proj_TF, offsets_B1, position_T, reversed_T, beta, restore_order)
+            return self.out_proj(core_TE), u_TD
+        read_GS = read_S.unsqueeze(0)
         if not restore_order:
-            z_SE = self._project_gate(u_TD, mirror_S)
-        r_SE = self._scan_reversed(
-            xBC, dt_TH, offsets_B1, position_T, reversed_T, mirror_S if restore_order else read_S
-        )
-        out_SD = self.out_proj(y_SE + beta * gated_norm(r_SE, z_SE, weight_E, eps))
-        return out_SD, u_TD.index_select(0, read_S)
+            read_GS = torch.stack([read_S, reversed_T.index_select(0, read_S)])
+        proj_TG, u_GSD = project_and_read(u_TD, self.in_proj.weight[self.inner :], read_GS)
+        if read_last and not torch.jit.is_scripting() and u_TD.is_cuda:
+            y_SE, r_SE = self._last_both_cuda(
+                proj_TG, u_GSD[0], offsets_B1, position_T, reversed_T, restore_order
+            )
+        else:
+            xBC, dt_TH = self._split_scan(proj_TG)
+            y_SE = self._scan(xBC, dt_TH, offsets_B1, position_T, read_S)
+            r_SE = self._scan_reversed(
+                xBC, dt_TH, offsets_B1, position_T, reversed_T,
+                reversed_T.index_select(0, read_S) if restore_order else read_S,
+            )  # fmt: skip
+        z_GSE = self._gate(u_GSD)
+        y_SE = gated_norm(y_SE, z_GSE[0], self.norm_weight, self.gated_norm_eps)
+        r_SE = gated_norm(r_SE, z_GSE[-1], self.norm_weight, self.gated_norm_eps)
+        return self.out_proj(y_SE + beta * r_SE), u_GSD[0]
 
     def step(
         self, u_BD: Tensor, conv_BKM: Tensor, ssm_BHPN: Tensor
@@ -187,15 +276,15 @@ class Mamba2Mixer(nn.Module):
         z_TE, xBC, dt_TH = torch.split(proj_TF, sizes, dim=-1)
         return z_TE, xBC, dt_TH
 
-    def _project_scan(self, u_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """xBC and dt alone: what every token before a read-out must have."""
+    def _split_scan(self, proj_TG: Tensor) -> tuple[Tensor, Tensor]:
+        """xBC and dt of a projection without z: what every token before a read-out must have."""
         sizes = [self.inner + 2 * self.state, self.heads]
-        xBC, dt_TH = torch.split(F.linear(u_TD, self.in_proj.weight[self.inner :]), sizes, dim=-1)
+        xBC, dt_TH = torch.split(proj_TG, sizes, dim=-1)
         return xBC, dt_TH
 
-    def _project_gate(self, u_TD: Tensor, rows_S: Tensor) -> Tensor:
-        """z at some rows, [S, E]."""
-        return F.linear(u_TD.index_select(0, rows_S), self.in_proj.weight[: self.inner])
+    def _gate(self, u: Tensor) -> Tensor:
+        """z of some rows."""
+        return F.linear(u, self.in_proj.weight[: self.inner])
 
     def _scan(
         self,
@@ -287,18 +376,27 @@ class Layer(nn.Module):
         position_T: Tensor,
         reversed_T: Tensor,
         read_S: Tensor | None = None,
+        read_last: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """out [T, D], or [S, D] at the tokens `read_S`; in `dtype`, by default that of x.
 
         Only the scans need every token: with `read_S` the rest is done at those rows alone.
+        read_last: see `Encoder.forward`.
         """
         if self.bidirectional:
             mixed_TD, x_TD = self.mixer.both(
-                x_TD, offsets_B1, position_T, reversed_T, self.beta, self.restore_order, read_S
+                x_TD,
+                offsets_B1,
+                position_T,
+                reversed_T,
+                self.beta,
+                self.restore_order,
+                read_S,
+                read_last,
             )
         else:
-            mixed_TD, x_TD = self.mixer(x_TD, offsets_B1, position_T, read_S)
+            mixed_TD, x_TD = self.mixer(x_TD, offsets_B1, position_T, read_S, read_last)
         return self._behind_mixer(mixed_TD, x_TD, x_TD.dtype if dtype is None else dtype)
 
     def step(
@@ -390,12 +488,16 @@ class Encoder(nn.Module):
         x_TD: Tensor,
         offsets_B1: Tensor,
         read_positions_S: Tensor | None = None,
+        read_last: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """h [S, D] at the read positions, every token when None (S = T); in `dtype`, or that of x.
 
         offsets_B1: int64, see `data.batch.SequenceBatch`. The output at padding tokens has no
         meaning. read_positions_S: any tokens, in any order, repeated or not.
+        read_last: promises that S = B and that each position is its own sequence's last token. Then
+        the kernels compute nothing else of the last layer's scans. A position of an empty sequence
+        may be any token; its output has no meaning and its gradient must be 0.
         """
         position_T, reversed_T = positions(offsets_B1, x_TD.shape[0])
         if dtype is None:
@@ -405,7 +507,9 @@ class Encoder(nn.Module):
             if number < len(self.layers) - 1:
                 x_TD = layer(x_TD, offsets_B1, position_T, reversed_T)
             else:
-                x_TD = layer(x_TD, offsets_B1, position_T, reversed_T, read_positions_S, dtype)
+                x_TD = layer(
+                    x_TD, offsets_B1, position_T, reversed_T, read_positions_S, read_last, dtype
+                )
         return x_TD
 
     @torch.jit.export

@@ -1,10 +1,11 @@
 """The encoder's small operations: the reference in PyTorch, and on CUDA one Triton kernel each.
 
-Legend: T tokens, E inner width, D model width, F = 4 D, O columns of a product.
+Legend: T tokens, E inner width, D model width, F = 4 D, O columns of a product, S rows read in each
+of G groups.
 
 A reference computes in fp32 (fp64 for fp64 inputs) and rounds once, to the dtype it returns, as the
-kernels do. TorchScript runs the references on every device. `project_residual` is no kernel but a
-product whose backward saves a pass.
+kernels do. TorchScript runs the references on every device. `project_residual` and
+`project_and_read` are no kernels but products whose backward saves passes.
 """
 
 import torch
@@ -58,42 +59,6 @@ def gated_norm_both_reference(
     else:
         z_TE = z_TE.index_select(0, reversed_T)
     return forward_TE + beta * gated_norm_reference(r_TE, z_TE, weight_E, eps)
-
-
-def gated_norm_both(
-    y_TE: Tensor,
-    r_TE: Tensor,
-    z_TE: Tensor,
-    weight_E: Tensor,
-    eps: float,
-    beta: float,
-    reversed_T: Tensor,
-    restore_order: bool,
-) -> Tensor:
-    """`gated_norm_both_reference`; one kernel on CUDA."""
-    if torch.jit.is_scripting() or not y_TE.is_cuda:
-        return gated_norm_both_reference(
-            y_TE, r_TE, z_TE, weight_E, eps, beta, reversed_T, restore_order
-        )
-    return _gated_norm_both_cuda(y_TE, r_TE, z_TE, weight_E, eps, beta, reversed_T, restore_order)
-
-
-@torch.jit.unused
-def _gated_norm_both_cuda(
-    y_TE: Tensor,
-    r_TE: Tensor,
-    z_TE: Tensor,
-    weight_E: Tensor,
-    eps: float,
-    beta: float,
-    reversed_T: Tensor,
-    restore_order: bool,
-) -> Tensor:
-    from modules.kernels.gated_norm import gated_norm_triton
-
-    return gated_norm_triton(
-        y_TE, z_TE, weight_E, eps, r_TE=r_TE, mirror_T=reversed_T, beta=beta, restore=restore_order
-    )
 
 
 def residual_norm_reference(
@@ -221,6 +186,44 @@ def project_residual(x_TD: Tensor, weight_OD: Tensor) -> tuple[Tensor, Tensor]:
 @torch.jit.unused
 def _project_residual(x_TD: Tensor, weight_OD: Tensor) -> tuple[Tensor, Tensor]:
     return _ProjectResidual.apply(x_TD, weight_OD)
+
+
+class _ProjectAndRead(torch.autograd.Function):
+    """Adds the gradients of the rows read into the one that the product makes."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_OD, read_GS):  # type: ignore[no-untyped-def]
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device):
+            weight_OD = weight_OD.to(torch.get_autocast_dtype(device))
+        ctx.save_for_backward(x_TD, weight_OD, read_GS)
+        return x_TD.to(weight_OD.dtype) @ weight_OD.t(), x_TD[read_GS]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_TO, dread_GSD):  # type: ignore[no-untyped-def]
+        x_TD, weight_OD, read_GS = ctx.saved_tensors
+        with torch.autocast(x_TD.device.type, enabled=False):
+            dweight_OD = dout_TO.t() @ x_TD.to(dout_TO.dtype)
+            dx_TD = (dout_TO @ weight_OD).to(x_TD.dtype)
+        for read_S, dread_SD in zip(read_GS, dread_GSD, strict=True):
+            dx_TD.index_add_(0, read_S, dread_SD)
+        return dx_TD, dweight_OD, None
+
+
+def project_and_read(x_TD: Tensor, weight_OD: Tensor, read_GS: Tensor) -> tuple[Tensor, Tensor]:
+    """(x W^T, x[read] [G, S, D]); the backward adds the rows' gradients in place.
+
+    Where no group reads a row twice (but for gradients of 0), the same bits every time.
+    """
+    if torch.jit.is_scripting():
+        return F.linear(x_TD, weight_OD), x_TD[read_GS]
+    return _project_and_read(x_TD, weight_OD, read_GS)
+
+
+@torch.jit.unused
+def _project_and_read(x_TD: Tensor, weight_OD: Tensor, read_GS: Tensor) -> tuple[Tensor, Tensor]:
+    return _ProjectAndRead.apply(x_TD, weight_OD, read_GS)
 
 
 def dropout(x: Tensor, rate: float) -> Tensor:

@@ -39,7 +39,7 @@ class Recommender(nn.Module):
         with _products(x_TD, self.autocast):
             # In the products' dtype, to which the loss would round it anyway.
             kind = self.autocast if x_TD.dtype == torch.float32 else x_TD.dtype
-            h_SD = self.encoder(x_TD, batch.offsets_B1, batch.read_positions_S, kind)
+            h_SD = self.encode(x_TD, batch.offsets_B1, batch.read_positions_S, kind)
             return self.loss(
                 h_SD,
                 batch.targets_S,
@@ -61,10 +61,18 @@ class Recommender(nn.Module):
         x_TD, c_CD = self.table(batch.features)
         return self.encode(x_TD, batch.offsets_B1, batch.read_positions_S), c_CD
 
-    def encode(self, x_TD: Tensor, offsets_B1: Tensor, read_positions_S: Tensor | None) -> Tensor:
+    def encode(
+        self,
+        x_TD: Tensor,
+        offsets_B1: Tensor,
+        read_positions_S: Tensor | None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """The encoder alone, with its products in `autocast`; hidden states [S, D]."""
+        # A batch that names read positions names the last token of each sequence.
+        read_last = read_positions_S is not None
         with _products(x_TD, self.autocast):
-            return self.encoder(x_TD, offsets_B1, read_positions_S)
+            return self.encoder(x_TD, offsets_B1, read_positions_S, read_last, dtype)
 
 
 def _products(like: Tensor, autocast: torch.dtype) -> torch.autocast:

@@ -17,6 +17,9 @@ Backward keeps nothing but x. With `dz_t = dy_t σ(z_t) (1 + z_t (1 - σ(z_t)))`
 so the walk carries the sums of the last tokens too, and ends REACH tokens behind its run. Weight
 and bias gradients leave as one partial sum a run: no atomics, the same bits every time.
 
+The reversed direction is the same walk from the batch's last token to its first: rows are given by
+the last one and a negative stride, places in the order of the walk.
+
 The kernels always have 4 taps; the ones beyond K read zeros. Strides are compile-time constants:
 otherwise one that is no multiple of 16, as that of in_proj's output, would cost the wide loads.
 
@@ -32,9 +35,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_TAPS = (1, 2, 3, 4)
 REACH = max(KERNEL_TAPS) - 1
 COLUMNS, GROUP = 128, 8
-# Programs (warps) that an H100's 132 multiprocessors hold at once, by their 96 and 168 registers a
-# thread: all start and end together.
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 132 * 20, 132 * 12
+# Programs (warps) that an H100's 132 multiprocessors hold at once, by their 96, 168 and (adding
+# to dx) 177 registers a thread: all start and end together.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS, ADDING_PROGRAMS = 132 * 20, 132 * 12, 132 * 11
 SHORTEST_RUN = 64  # tokens; what a walk reads twice stays below a tenth
 
 
@@ -136,11 +139,12 @@ def conv_kernel(
 def conv_gradient_kernel(
     x_ptr, weight_ptr, bias_ptr, position_ptr, dy_ptr, dx_ptr, dweight_ptr, dbias_ptr, tokens,
     groups, x_stride: tl.constexpr, dy_stride: tl.constexpr, dx_stride: tl.constexpr,
-    E: tl.constexpr, K: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dx of a run, and its share of the gradients of weight [E, K] and bias [E].
 
-    The walk is `groups` times GROUP tokens long; the last three belong to the next run.
+    The walk is `groups` times GROUP tokens long; the last three belong to the next run. ADD: dx is
+    added to what is there.
     """
     column_W = tl.program_id(1) * W + tl.arange(0, W)
     inside_W = column_W < E
@@ -168,6 +172,8 @@ def conv_gradient_kernel(
         next_places = load_places(position_ptr, start + GROUP, tokens, GROUP)
         x_rows = load_rows(x_ptr, start, column_W, tokens, x_stride, E, GROUP)
         dy_rows = load_rows(dy_ptr, start, column_W, tokens, dy_stride, E, GROUP)
+        if ADD:
+            there_rows = load_rows(dx_ptr, start - 3, column_W, tokens, dx_stride, E, GROUP)
         for i in tl.static_range(GROUP):
             x_W, place = x_rows[i].to(tl.float32), places[i]
             seen1_W = reaching(x1_W, place, 1, K)
@@ -178,6 +184,8 @@ def conv_gradient_kernel(
             dz_W = dy_rows[i].to(tl.float32) * gate_W * (1 + z_W * (1 - gate_W))
 
             dx3_W += tap3_W * reaching(dz_W, place, 3, K)  # complete
+            if ADD:
+                dx3_W += there_rows[i].to(tl.float32)
             done = start + i - 3
             dx_ptrs = dx_ptr + done.to(tl.int64) * dx_stride + column_W
             mask_W = inside_W & (done < tokens)
@@ -222,18 +230,35 @@ def unit_columns(x_TE: Tensor) -> Tensor:
     return x_TE if x_TE.stride(-1) == 1 else x_TE.contiguous()
 
 
-@torch.library.custom_op("ssd4rec::causal_conv", mutates_args=())
-def causal_conv_op(x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor) -> Tensor:
+def walked(x_TE: Tensor, mirror: bool) -> tuple[Tensor, int]:
+    """The row where a walk over all tokens begins, and the stride to the next."""
+    return (x_TE[-1:], -x_TE.stride(0)) if mirror else (x_TE, x_TE.stride(0))
+
+
+def convolve(
+    x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, place_T: Tensor, mirror: bool = False
+) -> Tensor:
+    """SiLU(conv(x)), contiguous; `mirror` walks from the last token to the first.
+
+    place_T: the tokens' places in their sequences, in the order of the walk.
+    """
     (T, E), K = x_TE.shape, weight_EK.shape[1]
     x_TE, weight_EK, bias_E = unit_columns(x_TE), weight_EK.contiguous(), bias_E.contiguous()
     y_TE = torch.empty(T, E, dtype=x_TE.dtype, device=x_TE.device)
     groups = groups_of_walk(T, E, FORWARD_PROGRAMS, 0)
     if T:
+        x_first, x_stride = walked(x_TE, mirror)
+        y_first, y_stride = walked(y_TE, mirror)
         conv_kernel[(triton.cdiv(T, groups * GROUP), triton.cdiv(E, COLUMNS))](
-            x_TE, weight_EK, bias_E, position_T, y_TE, T, groups, x_TE.stride(0), E, E, K, COLUMNS,
-            GROUP, num_warps=1,
+            x_first, weight_EK, bias_E, place_T, y_first, T, groups, x_stride, y_stride, E, K,
+            COLUMNS, GROUP, num_warps=1,
         )  # fmt: skip
     return y_TE
+
+
+@torch.library.custom_op("ssd4rec::causal_conv", mutates_args=())
+def causal_conv_op(x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor) -> Tensor:
+    return convolve(x_TE, weight_EK, bias_E, position_T)
 
 
 @causal_conv_op.register_fake
@@ -242,21 +267,25 @@ def _(x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor) -> Te
 
 
 def conv_gradients(
-    dy_TE: Tensor, x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, position_T: Tensor,
-    dx_TE: Tensor,
+    dy_TE: Tensor, x_TE: Tensor, weight_EK: Tensor, bias_E: Tensor, place_T: Tensor,
+    dx_TE: Tensor, mirror: bool = False, add: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes dx, whose rows may be slices of wider ones, and returns dweight and dbias."""
+    """Writes or adds to dx, whose rows may be slices of wider ones; returns dweight and dbias."""
     (T, E), K = x_TE.shape, weight_EK.shape[1]
     x_TE, dy_TE = unit_columns(x_TE), unit_columns(dy_TE)
     weight_EK, bias_E = weight_EK.contiguous(), bias_E.contiguous()
-    groups = groups_of_walk(T, E, BACKWARD_PROGRAMS, REACH)
+    programs = ADDING_PROGRAMS if add else BACKWARD_PROGRAMS
+    groups = groups_of_walk(T, E, programs, REACH)
     runs = triton.cdiv(T, groups * GROUP - REACH)
     dweight_REK = x_TE.new_empty(runs, E, K, dtype=torch.float32)
     dbias_RE = x_TE.new_empty(runs, E, dtype=torch.float32)
     if T:
+        x_first, x_stride = walked(x_TE, mirror)
+        dy_first, dy_stride = walked(dy_TE, mirror)
+        dx_first, dx_stride = walked(dx_TE, mirror)
         conv_gradient_kernel[(runs, triton.cdiv(E, COLUMNS))](
-            x_TE, weight_EK, bias_E, position_T, dy_TE, dx_TE, dweight_REK, dbias_RE, T, groups,
-            x_TE.stride(0), dy_TE.stride(0), dx_TE.stride(0), E, K, COLUMNS, GROUP, num_warps=1,
+            x_first, weight_EK, bias_E, place_T, dy_first, dx_first, dweight_REK, dbias_RE, T,
+            groups, x_stride, dy_stride, dx_stride, E, K, COLUMNS, GROUP, add, num_warps=1,
         )  # fmt: skip
     return dweight_REK.sum(0).to(weight_EK.dtype), dbias_RE.sum(0).to(bias_E.dtype)
 

@@ -2,12 +2,13 @@
 
     N(y, z) = g / sqrt(mean(g^2) + eps),  g = y * SiLU(z)         (mean over E)
     one direction:   out_t = w * N(y_t, z_t)
-    both:            out_t = w * (N(y_t, z_t) + beta N(r_t, z_m(t)))
-    both, restored:  out_t = w * (N(y_t, z_t) + beta N(r_m(t), z_t))
+    both:            out_t = w * (N(y_t, z_t) + beta N(r_m(t), z_m(t)))
+    both, restored:  out_t = w * (N(y_t, z_t) + beta N(r_t, z_t))
 
-r is the scan of the reversed sequences and m (`mirror_T`) the permutation that reverses each of
-them, its own inverse. Since out_proj is linear, adding here lets one projection serve both
-directions; and since z is read through m, neither is it projected nor gathered twice.
+r_t is what the scan of the reversed sequences gives when it meets token t, and m (`mirror_T`) the
+permutation that reverses each sequence, its own inverse. Since out_proj is linear, adding here lets
+one projection serve both directions; and since z is read through m, neither is it projected nor
+gathered twice.
 
 The backward keeps nothing: g and its norm are made again. Its programs walk the rows of *z*, where
 both directions meet, so dz is written once, without atomics. dw leaves as one partial sum a program
@@ -69,12 +70,11 @@ def gated_norm_kernel(
     z_RE = load_tile(z_ptr, t_R, z_stride, e_E, mask_RE)
     out_RE = normalised_gate(y_RE, z_RE, eps, E)
     if BOTH:
-        mirror_R = tl.load(mirror_ptr + t_R, mask=t_R < rows, other=0)
-        if RESTORE:
-            r_RE = load_tile(r_ptr, mirror_R, E, e_E, mask_RE)
-        else:
-            r_RE = load_tile(r_ptr, t_R, E, e_E, mask_RE)
-            z_RE = load_tile(z_ptr, mirror_R, z_stride, e_E, mask_RE)
+        read_R = t_R.to(tl.int64)
+        if not RESTORE:
+            read_R = tl.load(mirror_ptr + t_R, mask=t_R < rows, other=0)
+            z_RE = load_tile(z_ptr, read_R, z_stride, e_E, mask_RE)
+        r_RE = load_tile(r_ptr, read_R, E, e_E, mask_RE)
         out_RE += beta * normalised_gate(r_RE, z_RE, eps, E)
     out_RE *= w_E[None, :]
     out_ptrs = out_ptr + t_R.to(tl.int64)[:, None] * E + e_E[None, :]
@@ -103,15 +103,14 @@ def gated_norm_backward_kernel(
         tl.store(dy_ptr + own_RE, dy_RE.to(dy_ptr.dtype.element_ty), mask=mask_RE)
         dw_RE += dw_terms_RE
         if BOTH:
-            mirror_R = tl.load(mirror_ptr + t_R, mask=t_R < rows, other=0)
-            r_RE = load_tile(r_ptr, mirror_R, E, e_E, mask_RE)
+            r_RE = load_tile(r_ptr, t_R, E, e_E, mask_RE)
             if not RESTORE:
+                mirror_R = tl.load(mirror_ptr + t_R, mask=t_R < rows, other=0)
                 dout_RE = load_tile(dout_ptr, mirror_R, E, e_E, mask_RE)
             dr_RE, dz_too_RE, dw_terms_RE = gated_gradient(
                 r_RE, z_RE, dout_RE * beta, w_E, eps, E
             )  # fmt: skip
-            dr_ptrs = dr_ptr + mirror_R.to(tl.int64)[:, None] * E + e_E[None, :]
-            tl.store(dr_ptrs, dr_RE.to(dr_ptr.dtype.element_ty), mask=mask_RE)
+            tl.store(dr_ptr + own_RE, dr_RE.to(dr_ptr.dtype.element_ty), mask=mask_RE)
             dz_RE += dz_too_RE
             dw_RE += dw_terms_RE
         dz_ptrs = dz_ptr + t_R.to(tl.int64)[:, None] * dz_stride + e_E[None, :]
@@ -219,17 +218,13 @@ def _backward(ctx, dout_TE):
 gated_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def gated_norm_triton(
-    y_TE: Tensor, z_TE: Tensor, w_E: Tensor, eps: float, *, r_TE: Tensor | None = None,
-    mirror_T: Tensor | None = None, beta: float = 0.0, restore: bool = False,
-) -> Tensor:  # fmt: skip
-    """The formulas above, [T, E] in the dtype of y; differentiable to y, z, w and r, once.
+def gated_norm_triton(y_TE: Tensor, z_TE: Tensor, w_E: Tensor, eps: float) -> Tensor:
+    """The formula for one direction, [T, E] in the dtype of y; differentiable, once.
 
     Args:
-        y_TE, r_TE: bf16 or fp32, up to 8,192 channels.
+        y_TE: bf16 or fp32, up to 8,192 channels.
         z_TE: dtype of y, channels adjacent, any stride between rows (a slice is read in place).
         w_E: fp32.
-        mirror_T: int64 [T], an involution; given with r_TE.
 
     Raises:
         ValueError: a shape or dtype that the kernels do not have.
@@ -244,10 +239,6 @@ def gated_norm_triton(
             f"y and z must be [T, E], w [E], E at most {MAX_WIDTH}, not "
             f"{tuple(y_TE.shape)}, {tuple(z_TE.shape)}, {tuple(w_E.shape)}"
         )
-    if (r_TE is None) != (mirror_T is None):
-        raise ValueError("the reversed direction needs both r_TE and mirror_T")
-    if r_TE is not None and (r_TE.shape != y_TE.shape or r_TE.dtype != y_TE.dtype):
-        raise ValueError(f"r must be as y, not {tuple(r_TE.shape)}, {r_TE.dtype}")
     if z_TE.stride(1) != 1:
         z_TE = z_TE.contiguous()
-    return gated_norm_op(y_TE, z_TE, w_E, r_TE, mirror_T, beta, restore, eps)
+    return gated_norm_op(y_TE, z_TE, w_E, None, None, 0.0, False, eps)

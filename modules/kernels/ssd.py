@@ -13,6 +13,9 @@ and the whole can be captured in a CUDA graph. Sums have a fixed order: same inp
 Launch options come from a small table, not from a search, so a fresh process compiles each kernel
 once.
 
+With `mirror` the functions below the table work on the reversed sequences: in x, B, C, dt, y and
+their gradients a token keeps its row, the sums run from a sequence's last token to its first.
+
 Shape suffixes: T tokens, H heads, P channels of a head, N state, B sequences, B1 = B + 1 offsets,
 Z chunks or segments.
 """
@@ -80,6 +83,7 @@ class Table:
     """Chunks and segments of a packed batch (see `ssd_table`), all on the device."""
 
     first_B2: Tensor  # of the segments
+    first_chunk_B2: Tensor
     segment_slot_B2: Tensor
     chunk_slot_B2: Tensor
     chunks_4Z: Tensor
@@ -107,14 +111,14 @@ def make_table(offsets_B1: Tensor, tokens: int, launch: Launch) -> Table:
         chunks, segments, BLOCK=256,
     )  # fmt: skip
     return Table(
-        first_2B2[1], slot_2B2[1], slot_2B2[0], chunks_4Z, segments_4Z,
+        first_2B2[1], first_2B2[0], slot_2B2[1], slot_2B2[0], chunks_4Z, segments_4Z,
         max(tokens // launch.chunk, 1), max(tokens // segment, 1),
     )  # fmt: skip
 
 
 def walk(
     key_TN: Tensor, value_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, offsets_B1: Tensor,
-    table: Table, launch: Launch, *, reverse: bool, end_BHPN: Tensor | None,
+    table: Table, launch: Launch, *, reverse: bool, end_BHPN: Tensor | None, mirror: bool,
 ) -> Tensor:  # fmt: skip
     """States at chunk boundaries: `[slot, H, N, P]`. `end_BHPN` is written (forward) or read."""
     T, H, P = value_THP.shape
@@ -130,7 +134,7 @@ def walk(
             key_TN, value_THP, dt_HT, c_HT, offsets_B1, table.segments_4Z, table.chunk_slot_B2,
             state_SHNP, boundary_SHNP, boundary_decay_SH, end_BHPN, sequences, segments,
             T, key_TN.stride(0), value_THP.stride(0), H, N, P, launch.tile, launch.chunk,
-            launch.segment_chunks, reverse, local, has_end and not local, launch.precision,
+            launch.segment_chunks, reverse, local, has_end and not local, launch.precision, mirror,
             num_warps=launch.walk_warps, num_stages=launch.walk_stages,
         )  # fmt: skip
 
@@ -146,7 +150,7 @@ def walk(
 
 def decays(
     dt_TH: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch,
-    bias_H: Tensor | None = None,
+    bias_H: Tensor | None = None, mirror: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dt and the running log2 decay inside each chunk, one row of tokens per head.
 
@@ -158,7 +162,7 @@ def decays(
     heads = min(triton.next_power_of_2(H), 16)
     decay_kernel[(chunks, triton.cdiv(H, heads))](
         dt_TH, bias_H, A_H, offsets_B1, table.chunks_4Z, dt_HT, c_HT, offsets_B1.numel() - 1,
-        chunks, T, dt_TH.stride(0), H, heads, launch.chunk, bias_H is not None, num_warps=4,
+        chunks, T, dt_TH.stride(0), H, heads, launch.chunk, bias_H is not None, mirror, num_warps=4,
     )  # fmt: skip
     return dt_HT, c_HT
 
@@ -177,19 +181,21 @@ def rows(x: Tensor) -> Tensor:
 def scan(
     x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
     offsets_B1: Tensor, table: Table, launch: Launch, end_BHPN: Tensor | None = None,
+    mirror: bool = False,
 ) -> Tensor:  # fmt: skip
     """y_THP, contiguous; writes `end_BHPN`."""
     T, H, P = x_THP.shape
     N, sequences, chunks = B_TN.shape[1], offsets_B1.numel() - 1, table.chunks_4Z.shape[1]
     y_THP = torch.empty(T, H, P, dtype=x_THP.dtype, device=x_THP.device)
     state_SHNP = walk(
-        B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=end_BHPN
-    )
+        B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=end_BHPN,
+        mirror=mirror,
+    )  # fmt: skip
     groups = head_groups(chunks, H, limit=H)
     output_kernel[(chunks, groups)](
         x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, y_THP,
         sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), H,
-        triton.cdiv(H, groups), N, P, launch.chunk, launch.precision,
+        triton.cdiv(H, groups), N, P, launch.chunk, launch.precision, mirror,
         num_warps=launch.output_warps, num_stages=launch.output_stages,
     )  # fmt: skip
     return y_THP
@@ -197,16 +203,20 @@ def scan(
 
 @dataclass(frozen=True)
 class Sums:
-    """What the gradient of dt is made of: q, o, r in two parts, <h, g> (see `ssd_backward`)."""
+    """What the gradient of dt is made of: q, o, r in two parts, <h, g> (see `ssd_backward`).
 
-    qors_4HT: Tensor
+    For the last outputs alone o and the sums of what leaves the chunks before (see `ssd_last`).
+    """
+
+    qors_4HT: Tensor | None
+    o_HT: Tensor
     through_ZH: Tensor
 
 
 def scan_gradients(
-    dy_THP: Tensor, dend_BHPN: Tensor | None, x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor,
-    B_TN: Tensor, C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch,
-    dx_THP: Tensor, dB_TN: Tensor, dC_TN: Tensor, dD_ZH: Tensor,
+    dy_THP: Tensor, x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor,
+    D_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch, dx_THP: Tensor, dB_TN: Tensor,
+    dC_TN: Tensor, dD_ZH: Tensor, dend_BHPN: Tensor | None = None, mirror: bool = False,
 ) -> Sums:  # fmt: skip
     """Writes dx, dB and dC, which may be slices of one tensor, and a partial dD a chunk."""
     T, H, P = x_THP.shape
@@ -216,19 +226,22 @@ def scan_gradients(
     if groups > 1:
         dBC_GTK = B_TN.new_empty(groups, T, 2 * N, dtype=torch.float32)
         dB_GTN, dC_GTN = dBC_GTK.split(N, dim=2)
-    sums = Sums(dt_HT.new_empty(4, H, T), dt_HT.new_empty(chunks, H))
+    qors_4HT = dt_HT.new_empty(4, H, T)
+    sums = Sums(qors_4HT, qors_4HT[1], dt_HT.new_empty(chunks, H))
     state_SHNP = walk(
-        B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=None
-    )
+        B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=None,
+        mirror=mirror,
+    )  # fmt: skip
     dstate_SHNP = walk(
-        C_TN, dy_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=True, end_BHPN=dend_BHPN
-    )
+        C_TN, dy_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=True, end_BHPN=dend_BHPN,
+        mirror=mirror,
+    )  # fmt: skip
     gradient_kernel[(chunks, groups)](
         x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, dstate_SHNP,
-        dend_BHPN, dy_THP, dx_THP, *sums.qors_4HT, sums.through_ZH, dB_GTN, dC_GTN, dD_ZH,
+        dend_BHPN, dy_THP, dx_THP, *qors_4HT, sums.through_ZH, dB_GTN, dC_GTN, dD_ZH,
         sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), dy_THP.stride(0),
         dx_THP.stride(0), dB_GTN.stride(-2), H, triton.cdiv(H, groups), N, P, launch.chunk,
-        dend_BHPN is not None, launch.precision, num_warps=launch.gradient_warps,
+        dend_BHPN is not None, launch.precision, mirror, num_warps=launch.gradient_warps,
         num_stages=launch.gradient_stages,
     )  # fmt: skip
     if groups > 1:
@@ -241,20 +254,21 @@ def scan_gradients(
 def decay_gradients(
     sums: Sums, dt_HT: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch,
     ddt_TH: Tensor, dA_ZH: Tensor, raw_TH: Tensor | None = None, bias_H: Tensor | None = None,
-    dbias_ZH: Tensor | None = None,
+    dbias_ZH: Tensor | None = None, mirror: bool = False, add: bool = False,
 ) -> None:  # fmt: skip
-    """Writes ddt and a partial dA a chunk.
+    """Writes ddt, or adds to it, and writes a partial dA a chunk.
 
-    Where dt came from `raw_TH` and a bias, writes the gradients of that, of A's logarithm and of
-    the bias.
+    Where dt came from `raw_TH` and a bias, the gradients are of that, of A's logarithm and of the
+    bias.
     """
     H, T = dt_HT.shape
     chunks, heads = table.chunks_4Z.shape[1], min(triton.next_power_of_2(H), 16)
+    qors = (None, sums.o_HT, None, None) if sums.qors_4HT is None else sums.qors_4HT
     decay_gradient_kernel[(chunks, triton.cdiv(H, heads))](
-        dt_HT, A_H, *sums.qors_4HT, sums.through_ZH, offsets_B1, table.chunks_4Z, ddt_TH, dA_ZH,
-        raw_TH, bias_H, dbias_ZH, offsets_B1.numel() - 1, chunks, T, ddt_TH.stride(0),
+        dt_HT, A_H, *qors, sums.through_ZH, offsets_B1, table.chunks_4Z, ddt_TH, dA_ZH, raw_TH,
+        bias_H, dbias_ZH, offsets_B1.numel() - 1, chunks, T, ddt_TH.stride(0),
         0 if raw_TH is None else raw_TH.stride(0), H, heads, launch.chunk, raw_TH is not None,
-        num_warps=4,
+        sums.qors_4HT is None, mirror, add, num_warps=4,
     )  # fmt: skip
 
 
@@ -312,8 +326,8 @@ def ssd_backward_op(
     dB_TN, dC_TN = B_TN.new_empty(T, N), C_TN.new_empty(T, N)
     dA_dD_2ZH = dt_TH.new_empty(2, table.chunks_4Z.shape[1], H)
     sums = scan_gradients(
-        dy_THP, dend_BHPN, x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch,
-        dx_THP, dB_TN, dC_TN, dA_dD_2ZH[1],
+        dy_THP, x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch, dx_THP, dB_TN,
+        dC_TN, dA_dD_2ZH[1], dend_BHPN,
     )  # fmt: skip
     decay_gradients(sums, dt_HT, A_H, offsets_B1, table, launch, ddt_TH, dA_dD_2ZH[0])
     dA_H, dD_H = dA_dD_2ZH.sum(1).unbind(0)

@@ -30,7 +30,7 @@ Shape suffixes: Q tokens of the chunk, N state, P channels of a head, H heads.
 import triton
 import triton.language as tl
 
-from modules.kernels.ssd_table import piece_row
+from modules.kernels.ssd_table import chunk_tokens, piece_row
 
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
@@ -41,6 +41,7 @@ def gradient_kernel(
     C_stride: tl.constexpr, dy_stride: tl.constexpr, dx_stride: tl.constexpr,
     dBC_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr,
     P: tl.constexpr, CHUNK: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    MIRROR: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk, heads `[program_id(1) · HEADS, … + HEADS)`, one dB, dC partial."""
     piece = tl.program_id(0)
@@ -52,30 +53,30 @@ def gradient_kernel(
             tl.store(dD_ptr + piece * H + head, 0.0)
     if sequence < 0:
         return
-    start = tl.load(offsets_ptr + sequence) + index * CHUNK
+    start, end, first = chunk_tokens(
+        offsets_ptr, sequence, sequences, tokens, index, CHUNK, MIRROR
+    )  # fmt: skip
+    STEP: tl.constexpr = -1 if MIRROR else 1
     row = tokens.to(tl.int64)  # of one head in dt, c and what is summed up for ddt
-    end = row
-    if sequence < sequences:
-        end = tl.load(offsets_ptr + sequence + 1)
     t_Q = tl.arange(0, CHUNK)
     n_N = tl.arange(0, N)
     p_P = tl.arange(0, P)
     here_Q = t_Q < end - start
-    first_row = (tl.program_id(1) * tokens + start) * dBC_stride
-    token_row_QN = first_row + t_Q[:, None] * dBC_stride + n_N[None, :]
-    dx_QP_offset = t_Q[:, None] * dx_stride + p_P[None, :]
+    first_row = (tl.program_id(1) * tokens + first) * dBC_stride
+    token_row_QN = first_row + t_Q[:, None] * (STEP * dBC_stride) + n_N[None, :]
+    dx_QP_offset = t_Q[:, None] * (STEP * dx_stride) + p_P[None, :]
     if sequence == sequences:
         for head in range(first_head, last_head):
             zero_QP = tl.zeros([CHUNK, P], dx_ptr.dtype.element_ty)
-            dx_base = dx_ptr + start * dx_stride + head * P
+            dx_base = dx_ptr + first * dx_stride + head * P
             tl.store(dx_base + dx_QP_offset, zero_QP, mask=here_Q[:, None])
         zero_QN = tl.zeros([CHUNK, N], dB_ptr.dtype.element_ty)
         tl.store(dB_ptr + token_row_QN, zero_QN, mask=here_Q[:, None])
         tl.store(dC_ptr + token_row_QN, zero_QN, mask=here_Q[:, None])
         return
 
-    B_QN_ptr = B_ptr + start * B_stride + t_Q[:, None] * B_stride + n_N[None, :]
-    C_QN_ptr = C_ptr + start * C_stride + t_Q[:, None] * C_stride + n_N[None, :]
+    B_QN_ptr = B_ptr + first * B_stride + t_Q[:, None] * (STEP * B_stride) + n_N[None, :]
+    C_QN_ptr = C_ptr + first * C_stride + t_Q[:, None] * (STEP * C_stride) + n_N[None, :]
     B_QN = tl.load(B_QN_ptr, mask=here_Q[:, None], other=0.0)
     C_QN = tl.load(C_QN_ptr, mask=here_Q[:, None], other=0.0)
     S_JI = tl.dot(B_QN, tl.trans(C_QN), input_precision=PRECISION)
@@ -84,16 +85,16 @@ def gradient_kernel(
     dB_QN = tl.zeros([CHUNK, N], tl.float32)
 
     length = tl.minimum(end - start, CHUNK)
-    x_QP_offset = t_Q[:, None] * x_stride + p_P[None, :]
-    dy_QP_offset = t_Q[:, None] * dy_stride + p_P[None, :]
+    x_QP_offset = t_Q[:, None] * (STEP * x_stride) + p_P[None, :]
+    dy_QP_offset = t_Q[:, None] * (STEP * dy_stride) + p_P[None, :]
     state_NP_offset = n_N[:, None] * P + p_P[None, :]
     state_base = state_ptr + (slot - 1).to(tl.int64) * (H * N * P)
     dstate_base = dstate_ptr + slot.to(tl.int64) * (H * N * P)
     for head in tl.range(first_head, last_head, disable_licm=True):
         token_row = head * row + start
-        x_base = x_ptr + start * x_stride + head * P
+        x_base = x_ptr + first * x_stride + head * P
         x_QP = tl.load(x_base + x_QP_offset, mask=here_Q[:, None], other=0.0)
-        dy_base = dy_ptr + start * dy_stride + head * P
+        dy_base = dy_ptr + first * dy_stride + head * P
         dy_QP = tl.load(dy_base + dy_QP_offset, mask=here_Q[:, None], other=0.0)
         g_base = dstate_base + head * (N * P)
         g_NP = tl.load(g_base + state_NP_offset, mask=index < count - 1, other=0.0)
@@ -120,7 +121,7 @@ def gradient_kernel(
         tl.store(o_ptr + token_row + t_Q, tl.sum(dx_QP * x_QP, 1), mask=here_Q)
         dx_QP = tl.dot(SL_JI.to(dy_QP.dtype), dy_QP, dx_QP, input_precision=PRECISION)
         dx_QP = dx_QP * dt_Q[:, None] + tl.load(D_ptr + head) * dy_QP
-        dx_base = dx_ptr + start * dx_stride + head * P
+        dx_base = dx_ptr + first * dx_stride + head * P
         tl.store(dx_base + dx_QP_offset, dx_QP.to(dx_ptr.dtype.element_ty), mask=here_Q[:, None])
         weighted_QP = (x_QP * (leaving_Q * dt_Q)[:, None]).to(x_QP.dtype)
         dB_QN = tl.dot(weighted_QP, tl.trans(g_NP), dB_QN, input_precision=PRECISION)
@@ -133,7 +134,7 @@ def gradient_kernel(
     if index > 0:  # the state that came in
         C_NQ = tl.trans(C_QN)
         for head in tl.range(first_head, last_head, disable_licm=True):
-            dy_base = dy_ptr + start * dy_stride + head * P
+            dy_base = dy_ptr + first * dy_stride + head * P
             dy_QP = tl.load(dy_base + dy_QP_offset, mask=here_Q[:, None], other=0.0)
             h_NP = tl.load(state_base + head * (N * P) + state_NP_offset)
             g_base = dstate_base + head * (N * P)
@@ -160,11 +161,12 @@ def decay_gradient_kernel(
     dt_ptr, A_ptr, q_ptr, o_ptr, r_ptr, s_ptr, through_ptr, offsets_ptr, table_ptr, ddt_ptr, dA_ptr,
     raw_ptr, bias_ptr, dbias_ptr, sequences, chunks, tokens, ddt_stride: tl.constexpr,
     raw_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
-    RAW: tl.constexpr,
+    RAW: tl.constexpr, LAST: tl.constexpr, MIRROR: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """ddt and a partial dA of one chunk from q, o, r and <h, g> (see the top of the file).
 
     RAW (see `decay_kernel`): the gradients of what was read there, and a partial dbias.
+    LAST: there are no q and r (see `ssd_last`). ADD: the gradients are added to what is there.
     """
     piece = tl.program_id(0)
     sequence, index, _, _ = piece_row(table_ptr, piece, chunks)
@@ -178,39 +180,46 @@ def decay_gradient_kernel(
             tl.store(dbias_ptr + piece * H + head_G, zero_G, mask=inside_G)
     if sequence < 0:
         return
-    start = tl.load(offsets_ptr + sequence) + index * CHUNK
-    end = tokens.to(tl.int64)
-    if sequence < sequences:
-        end = tl.load(offsets_ptr + sequence + 1)
-    ddt_ptrs = ddt_ptr + start * ddt_stride + t_Q[:, None] * ddt_stride + head_G[None, :]
+    start, end, first = chunk_tokens(
+        offsets_ptr, sequence, sequences, tokens, index, CHUNK, MIRROR
+    )  # fmt: skip
+    STEP: tl.constexpr = -1 if MIRROR else 1
+    ddt_ptrs = ddt_ptr + first * ddt_stride + t_Q[:, None] * (STEP * ddt_stride) + head_G[None, :]
     offset_QG = head_G.to(tl.int64)[None, :] * tokens + start + t_Q[:, None]
     mask_QG = (t_Q < end - start)[:, None] & inside_G[None, :]
     if sequence == sequences:
-        tl.store(ddt_ptrs, tl.zeros([CHUNK, HEADS], ddt_ptr.dtype.element_ty), mask=mask_QG)
+        if not ADD:
+            tl.store(ddt_ptrs, tl.zeros([CHUNK, HEADS], ddt_ptr.dtype.element_ty), mask=mask_QG)
         return
     dt_QG = tl.load(dt_ptr + offset_QG, mask=mask_QG, other=0.0)
-    q_QG = tl.load(q_ptr + offset_QG, mask=mask_QG, other=0.0)
     o_QG = tl.load(o_ptr + offset_QG, mask=mask_QG, other=0.0)
-    r_QG = tl.load(r_ptr + offset_QG, mask=mask_QG, other=0.0)
     entered = index > 0
-    r_QG += tl.load(s_ptr + offset_QG, mask=mask_QG & entered, other=0.0)
+    if not LAST:
+        q_QG = tl.load(q_ptr + offset_QG, mask=mask_QG, other=0.0)
+        r_QG = tl.load(r_ptr + offset_QG, mask=mask_QG, other=0.0)
+        r_QG += tl.load(s_ptr + offset_QG, mask=mask_QG & entered, other=0.0)
     through_ptrs = through_ptr + piece * H + head_G
     through_G = tl.load(through_ptrs, mask=inside_G & entered, other=0.0)
     A_G = tl.load(A_ptr + head_G, mask=inside_G, other=0.0)
     if RAW:
         A_G = -tl.exp(A_G)
-    balance_QG = r_QG - dt_QG * q_QG
     left_QG = dt_QG * o_QG
-    da_QG = tl.cumsum(balance_QG, 0, reverse=True) + tl.cumsum(left_QG, 0) - left_QG
+    da_QG = tl.cumsum(left_QG, 0) - left_QG
+    if not LAST:
+        da_QG = tl.cumsum(r_QG - dt_QG * q_QG, 0, reverse=True) + da_QG
+        o_QG += q_QG
     da_QG += through_G[None, :]
     dA_G = tl.sum(dt_QG * da_QG, 0)
-    ddt_QG = q_QG + o_QG + A_G[None, :] * da_QG
+    ddt_QG = o_QG + A_G[None, :] * da_QG
     if RAW:
-        raw_ptrs = raw_ptr + start * raw_stride + t_Q[:, None] * raw_stride + head_G[None, :]
+        row_QG = t_Q[:, None] * (STEP * raw_stride) + head_G[None, :]
+        raw_ptrs = raw_ptr + first * raw_stride + row_QG
         raw_QG = tl.load(raw_ptrs, mask=mask_QG, other=0.0).to(tl.float32)
         bias_G = tl.load(bias_ptr + head_G, mask=inside_G, other=0.0)
         ddt_QG = tl.where(mask_QG, ddt_QG * tl.sigmoid(raw_QG + bias_G[None, :]), 0.0)
         tl.store(dbias_ptr + piece * H + head_G, tl.sum(ddt_QG, 0), mask=inside_G)
         dA_G *= A_G
+    if ADD:
+        ddt_QG += tl.load(ddt_ptrs, mask=mask_QG, other=0.0).to(tl.float32)
     tl.store(ddt_ptrs, ddt_QG.to(ddt_ptr.dtype.element_ty), mask=mask_QG)
     tl.store(dA_ptr + piece * H + head_G, dA_G, mask=inside_G)

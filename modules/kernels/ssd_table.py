@@ -10,6 +10,10 @@ row of the table; rows past the real count say so and their programs leave at on
 A piece that is not the first of its sequence starts from a state that must be stored. There are
 `Σ (⌈L_b / size⌉ - 1) ≤ T / size` of those, whatever B is: `slot` numbers them without holes.
 
+The reversed direction (MIRROR) has the same table: a sequence's chunks then begin at its last
+token, and their rows go down. What the kernels keep of one head, [H, T], always has the order of
+the walk.
+
 Shape suffixes: B sequences, Z pieces (chunks or segments).
 """
 
@@ -25,6 +29,22 @@ def piece_row(table_ptr, piece, pieces):
     count = tl.load(table_ptr + 2 * pieces + piece)
     slot = tl.load(table_ptr + 3 * pieces + piece)
     return sequence, index, count, slot
+
+
+@triton.jit
+def chunk_tokens(
+    offsets_ptr, sequence, sequences, tokens, index, CHUNK: tl.constexpr, MIRROR: tl.constexpr
+):  # fmt: skip
+    """(start, end) of a chunk and its sequence in the order of the walk, and its first row."""
+    begin = tl.load(offsets_ptr + sequence)
+    end = tokens.to(tl.int64)
+    if sequence < sequences:
+        end = tl.load(offsets_ptr + sequence + 1)
+    start = begin + index * CHUNK
+    row = start
+    if MIRROR:
+        row = begin + end - 1 - start
+    return start, end, row
 
 
 @triton.jit(do_not_specialize=["sequences", "tokens"])
@@ -101,7 +121,7 @@ def softplus(v):
 def decay_kernel(
     dt_ptr, bias_ptr, A_ptr, offsets_ptr, table_ptr, dt_out_ptr, c_ptr, sequences, chunks, tokens,
     dt_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
-    RAW: tl.constexpr,
+    RAW: tl.constexpr, MIRROR: tl.constexpr,
 ):  # fmt: skip
     """`c_i = log2(e) Σ_{k≤i} dt_k A` inside the chunk, for HEADS heads: exp2(c_i - c_j) decays.
 
@@ -111,13 +131,15 @@ def decay_kernel(
     sequence, index, _, _ = piece_row(table_ptr, tl.program_id(0), chunks)
     if sequence < 0 or sequence == sequences:
         return
-    start = tl.load(offsets_ptr + sequence) + index * CHUNK
-    end = tl.load(offsets_ptr + sequence + 1)
+    start, end, row = chunk_tokens(
+        offsets_ptr, sequence, sequences, tokens, index, CHUNK, MIRROR
+    )  # fmt: skip
+    STEP: tl.constexpr = -dt_stride if MIRROR else dt_stride
     q_Q = tl.arange(0, CHUNK)
     head_G = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     mask_QG = (q_Q < end - start)[:, None] & (head_G < H)[None, :]
     A_G = tl.load(A_ptr + head_G, mask=head_G < H, other=0.0)
-    dt_ptrs = dt_ptr + start * dt_stride + q_Q[:, None] * dt_stride + head_G[None, :]
+    dt_ptrs = dt_ptr + row * dt_stride + q_Q[:, None] * STEP + head_G[None, :]
     dt_QG = tl.load(dt_ptrs, mask=mask_QG, other=0.0).to(tl.float32)
     if RAW:
         A_G = -tl.exp(A_G)

@@ -52,9 +52,11 @@ def walk_kernel(
     key_stride: tl.constexpr, value_stride: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, SEGMENT_CHUNKS: tl.constexpr,
     REVERSE: tl.constexpr, LOCAL: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    MIRROR: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment. `end` is the sequence's last state: written (forward) or read (reverse)."""
     G: tl.constexpr = W // P if W > P else 1
+    STEP: tl.constexpr = -1 if MIRROR else 1
     segment = tl.program_id(0)
     sequence, index, count, segment_slot = piece_row(table_ptr, segment, segments)
     if sequence < 0 or sequence >= sequences:
@@ -106,12 +108,15 @@ def walk_kernel(
             chunk = high - 1 - step
         start = begin + chunk * CHUNK
         here_Q = q_Q < end - start
+        row = start
+        if MIRROR:
+            row = begin + end - 1 - start
         key_QN = tl.load(
-            key_ptr + start * key_stride + q_Q[:, None] * key_stride + n_N[None, :],
+            key_ptr + row * key_stride + q_Q[:, None] * (STEP * key_stride) + n_N[None, :],
             mask=here_Q[:, None], other=0.0,
         )  # fmt: skip
         value_QW = tl.load(
-            value_ptr + start * value_stride + q_Q[:, None] * value_stride + w_W[None, :],
+            value_ptr + row * value_stride + q_Q[:, None] * (STEP * value_stride) + w_W[None, :],
             mask=here_Q[:, None] & inside_W[None, :], other=0.0,
         )  # fmt: skip
         last_row = start + tl.minimum(end - start, CHUNK) - 1

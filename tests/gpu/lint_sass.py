@@ -116,9 +116,16 @@ def launch_ssd(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
     E, M = H * P, H * P + 2 * N
     proj, y, convolved = (torch.empty(tokens, F, dtype=dtype) for F in (E + M + H, E, M))
     position = torch.zeros(tokens, dtype=torch.int64)
-    inputs = (proj, torch.empty(M, 4), torch.empty(M), A, A, A, torch.empty(E), offsets, position)
-    mixer.mixer_core_op._init_fn(*inputs, 1e-5)
-    mixer.mixer_core_backward_op._init_fn(y, convolved, y, *inputs, 1e-5)
+    conv = (torch.empty(M, 4), torch.empty(M))
+    last = torch.empty(sequences, E, dtype=dtype)
+    for mirror, options in [(None, (0.0, False, 1e-5)), (position, (0.1, False, 1e-5))]:
+        inputs = (proj, *conv, A, A, A, torch.empty(E), offsets, position, mirror, *options)
+        mixer.mixer_core_op._init_fn(*inputs)
+        mixer.mixer_core_backward_op._init_fn(y, convolved, y, convolved, y, *inputs)
+        inputs = (proj[:, E:].contiguous(), *conv, A, A, A, offsets, position, mirror, E)
+        mixer.mixer_last_op._init_fn(*inputs)
+        dr = None if mirror is None else last
+        mixer.mixer_last_backward_op._init_fn(last, dr, convolved, convolved, *inputs)
 
 
 def launch_softmax(D, positions=2400, candidates=3001):

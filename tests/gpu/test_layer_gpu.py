@@ -13,6 +13,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float32]
 LIMITS = {torch.bfloat16: 5e-3, torch.float32: 2e-6}
+MIXER_LIMITS = {torch.bfloat16: 2e-2, torch.float32: 5e-5}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -25,20 +26,39 @@ def test_kernel_values_and_gradients(cases, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fill", [0, 40_000])  # with few chunks each one's heads are split
-@pytest.mark.parametrize(("width", "state", "head"), [(256, 64, 64), (96, 32, 16)])
-def test_mixer_core_values_gradients_and_equal_bits(width, state, head, fill, dtype):
-    lengths = [1, 63, 64, 65, 200, 1, 2, 1500, *[40] * (fill // 40)]
-    sizes = (width, state, head, 4)
-    case = core.make_case(lengths, sum(lengths) + 77, *sizes, dtype=dtype, device="cuda")
-    errors = core.errors_of(case)
-    limit = 2e-2 if dtype == torch.bfloat16 else 5e-5
-    assert all(error < limit for error in errors.values()), errors
-    first, second = core.triton_outputs(case), core.triton_outputs(case)
+@pytest.mark.parametrize(("width", "state", "head"), [(256, 64, 64), (256, 64, 16), (96, 32, 16)])
+@pytest.mark.parametrize("direction", core.DIRECTIONS)
+def test_mixer_core_values_gradients_and_equal_bits(direction, width, state, head, fill, dtype):
+    case = mixer_case(width, state, head, fill, dtype)
+    errors = core.errors_of(case, direction)
+    assert all(error < MIXER_LIMITS[dtype] for error in errors.values()), errors
+    first, second = (core.triton_outputs(case, direction) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("fill", [0, 40_000])
+@pytest.mark.parametrize(
+    ("width", "state", "head"),
+    [(256, 64, 64), (256, 64, 16), (96, 32, 16), (256, 128, 128), (64, 16, 32)],
+)
+@pytest.mark.parametrize("both", [False, True])
+def test_mixer_last_values_gradients_and_equal_bits(both, width, state, head, fill, dtype):
+    case = mixer_case(width, state, head, fill, dtype)
+    errors = core.errors_of_last(case, both)
+    assert all(error < MIXER_LIMITS[dtype] for error in errors.values()), errors
+    first, second = (core.last_outputs(case, both) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def mixer_case(width, state, head, fill, dtype):
+    lengths = [1, 63, 64, 65, 200, 1, 2, 1500, *[40] * (fill // 40)]
+    sizes = (width, state, head, 4)
+    return core.make_case(lengths, sum(lengths) + 77, *sizes, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("read", ["all", "any", "last"])
 @pytest.mark.parametrize(
     ("kind", "restore_order"),
     [("causal", False), ("bidirectional", False), ("bidirectional", True)],
@@ -51,12 +71,13 @@ def test_encoder_values_and_gradients(kind, restore_order, read, dtype):
     )  # fmt: skip
     offsets = torch.tensor([0, 1, 2, 130, 193, 500, 500])
     x, d = torch.randn(503, 128), torch.randn(503, 128)
-    read_S = torch.cat([offsets[1:6] - 1, offsets[:1]]) if read else None
+    read_S = None if read == "all" else torch.cat([offsets[1:6] - 1, offsets[:1]])
 
     def run(encoder, x, offsets, read_S, d):
         x = x.clone().requires_grad_()
-        out = encoder(x, offsets, read_S)
-        out = out[:500] if read_S is None else out
+        out = encoder(x, offsets, read_S, read == "last")
+        used = {"all": 500, "any": 6, "last": 5}  # the last position's sequence is empty
+        out = out[: used[read]]
         return [out, *torch.autograd.grad(out, [x, *encoder.parameters()], d[: len(out)])]
 
     doubles = copy.deepcopy(encoder).double()
@@ -70,6 +91,36 @@ def test_encoder_values_and_gradients(kind, restore_order, read, dtype):
     errors = {n: relative(a.cpu(), b) for n, a, b in zip(names, got, expected, strict=True)}
     limit = 5e-2 if dtype == torch.bfloat16 else 5e-5
     assert all(error < limit for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("restore_order", [False, True])
+@pytest.mark.parametrize("read_last", [False, True])
+def test_a_graph_of_both_directions_follows_new_lengths(read_last, restore_order):
+    torch.manual_seed(0)
+    encoder = Encoder(
+        "bidirectional", width=128, layers=2, state=64, head=16, expand=2, conv=4, dropout=0.0,
+        norm_embedding=True, restore_order=restore_order,
+    ).cuda()  # fmt: skip
+    x = torch.randn(3000, 128, device="cuda", requires_grad=True)
+    offsets = torch.tensor([0, 1, 700, 701, 2900], device="cuda")
+    d = torch.randn(4 if read_last else len(x), 128, device="cuda")
+
+    def run():
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            out = encoder(x, offsets, offsets[1:] - 1 if read_last else None, read_last)
+        return [out.detach(), *torch.autograd.grad(out, [x, *encoder.parameters()], d)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    offsets.copy_(torch.tensor([0, 1400, 1463, 2999, 3000]))
+    graph.replay()
+    for one, other in zip(got, run(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_captured_graph_draws_new_masks_and_its_backward_the_same():

@@ -40,7 +40,7 @@ def compare(kernel, reference, leaves, names):
 def gated_cases(T, E, device="cpu", dtype=torch.float32):
     """(case, errors); also run on the card by tests/gpu/test_layer_gpu.py, as those below."""
     from modules.fused import gated_norm_both_reference, gated_norm_reference
-    from modules.kernels.gated_norm import gated_norm_triton
+    from modules.kernels.gated_norm import gated_norm_op, gated_norm_triton
 
     torch.manual_seed(T)
     y, r, wide = (torch.randn(T, width).to(device, dtype) for width in (E, E, E + 8))
@@ -59,11 +59,11 @@ def gated_cases(T, E, device="cpu", dtype=torch.float32):
         yield (
             f"both, restore={restore}",
             compare(
-                lambda y, r, z, w, restore=restore: gated_norm_triton(
-                    y, z, w, 1e-5, r_TE=r, mirror_T=mirror, beta=0.4, restore=restore
+                lambda y, r, z, w, restore=restore: gated_norm_op(
+                    y, z, w, r, mirror, 0.4, restore, 1e-5
                 ),
                 lambda y, r, z, w, restore=restore: gated_norm_both_reference(
-                    y, r, z, w, 1e-5, 0.4, mirror, restore
+                    y, r[mirror], z, w, 1e-5, 0.4, mirror, restore
                 ),
                 [y, r, z, w],
                 ["y", "r", "z", "w"],

@@ -109,7 +109,11 @@ class AttentionEncoder(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self, x_TD: Tensor, offsets_B1: Tensor, read_positions_S: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        offsets_B1: Tensor,
+        read_positions_S: Tensor | None = None,
+        read_last: bool = False,
     ) -> Tensor:
         assert read_positions_S is None
         length = x_TD.shape[0] // (len(offsets_B1) - 1)

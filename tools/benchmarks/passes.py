@@ -30,7 +30,10 @@ def encoder_pass(
     precision: str | None = None,
     parameters: list[nn.Parameter] | None = None,
 ) -> Callable[[], None]:
-    """A call that runs `encoder` forward and backward to its input and parameters."""
+    """A call that runs `encoder` forward and backward to its input and parameters.
+
+    read_positions_S: the last token of each sequence, or None for every token.
+    """
     if parameters is None:
         assert isinstance(encoder, nn.Module)
         parameters = list(encoder.parameters())
@@ -44,7 +47,7 @@ def encoder_pass(
 
     def step() -> None:
         with bench.autocast(precision):
-            h_SD = encoder(x_TD, offsets_B1, read_positions_S)
+            h_SD = encoder(x_TD, offsets_B1, read_positions_S, read_positions_S is not None)
         torch.autograd.grad(h_SD, wanted, dh_SD.to(h_SD.dtype), allow_unused=True)
 
     return step

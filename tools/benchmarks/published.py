@@ -97,7 +97,10 @@ class Published:
     encoder: Encoder
     mixer: Mixer
 
-    def __call__(self, x_TD: Tensor, offsets_B1: Tensor, read_positions_S: Tensor) -> Tensor:
+    def __call__(
+        self, x_TD: Tensor, offsets_B1: Tensor, read_positions_S: Tensor, read_last: bool = True
+    ) -> Tensor:
+        assert read_last  # though everything is computed, as published
         encoder = self.encoder
         position_T, reversed_T = positions(offsets_B1, x_TD.shape[0])
         x_TD = encoder.norm(encoder.dropout(x_TD))

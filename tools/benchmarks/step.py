@@ -121,7 +121,8 @@ def _parts(
     recommender, model = stepper.sharded.recommender, bench.config.model
 
     def encoded() -> torch.Tensor:
-        where = batch.offsets_B1, batch.read_positions_S
+        read_S = batch.read_positions_S
+        where = batch.offsets_B1, read_S, read_S is not None
         return recommender.encoder(x_TD, *where, recommender.autocast)
 
     with torch.no_grad():
