@@ -1,6 +1,7 @@
 """How fast is each part, beside its floor and its peers?
 
-    python -m tools.benchmark suite=ssd|layer|loss|table|data|step|state|checkpoint|soak|peers|all output=FILE.json
+    python -m tools.benchmark output=FILE.json
+                              suite=ssd|layer|loss|table|data|step|state|checkpoint|soak|peers|all
                               [device=auto|cpu|cuda] [quick=true] [mamba=false]
 
 Prints a table and writes JSON: medians, spread, floors, the card, versions and the command. On a

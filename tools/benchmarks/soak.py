@@ -1,5 +1,7 @@
-"""Suite `soak`: does a long run stay as it began? Tokens/s and memory of the trainer's steps, window
-by window, with the loader, at the sizes of suite `step`.
+"""Suite `soak`: does a long run stay as it began?
+
+Tokens/s and memory of the trainer's steps, window by window, loader included, on the data of suite
+`step`.
 
 A leak, fragmentation or a clock that throttles shows as a drift over the windows.
 """
