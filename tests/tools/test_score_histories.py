@@ -193,19 +193,20 @@ def test_a_killed_run_goes_on_with_what_is_missing(made, tmp_path, monkeypatch):
     calls = []
 
     def dies(*arguments, **options):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(arguments)
-        return real(*arguments, **options)
+        for scores in real(*arguments, **options):
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            calls.append(scores)
+            yield scores
 
-    real = tool.score_unit
-    monkeypatch.setattr(tool, "score_unit", dies)
+    real = tool.score_batches
+    monkeypatch.setattr(tool, "score_batches", dies)
     with pytest.raises(KeyboardInterrupt):
         score(config(made, output, part_users=11))
     assert not (output / "_summary.json").exists()
     with pytest.raises(InputError, match="input or options; remove that folder to start over"):
         score(config(made, output, part_users=11, k=9))
-    monkeypatch.setattr(tool, "score_unit", real)
+    monkeypatch.setattr(tool, "score_batches", real)
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("part-*")}
     score(config(made, output, part_users=11))
     assert len(before) == 3
