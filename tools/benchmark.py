@@ -1,7 +1,8 @@
 """How fast is each part, beside its floor and its peers?
 
-    python -m tools.benchmark suite=ssd|layer|loss|table|data|step|state|checkpoint|soak|peers|all output=FILE.json
-                              [device=auto|cpu|cuda] [quick=true] [mamba=false]
+    python -m tools.benchmark suite=ssd|layer|loss|table|data|step|state|checkpoint|scoring|soak
+                              |peers|all
+                              output=FILE.json [device=auto|cpu|cuda] [quick=true] [mamba=false]
 
 Prints a table and writes JSON: medians, spread, floors, the card, versions and the command. On a
 CPU the same suites run small. What fails or is not installed is reported with its reason, the rest
@@ -21,7 +22,10 @@ from tools.benchmarks.report import device_name, document, write
 from trainer.config import Config
 from trainer.distributed import process_group, quiet_libraries
 
-SUITES = ("ssd", "layer", "loss", "table", "data", "step", "state", "checkpoint", "soak", "peers")
+SUITES = (
+    *("ssd", "layer", "loss", "table", "data", "step", "state", "checkpoint"),
+    *("scoring", "soak", "peers"),
+)
 BUDGET_MS, QUICK_BUDGET_MS = 200.0, 60.0  # of each timing
 
 

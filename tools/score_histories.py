@@ -183,6 +183,7 @@ def _score(
     dataset = HistoryDataset(dataset_folder)
     units = units_of(dataset, config.part_users)
     launch = launcher(config, dataset, bundle, items, place)
+    ready = time.monotonic()
     _score_units(config, folder, dataset, bundle, items, units, launch, place)
     if place.rank > 0:
         return None
@@ -192,6 +193,7 @@ def _score(
     summary |= {
         "bundle": {"fingerprint": bundle.manifest.fingerprint, **bundle.manifest.checkpoint},
         "seconds": time.monotonic() - started,
+        "seconds_to_start": ready - started,
         "world_size": place.size,
         "device": place.device.type,
         "kernels": config.kernels,
@@ -385,10 +387,12 @@ def _report(summary: dict[str, Any], output: str) -> None:
     if "events_unknown" in summary:
         rows += [("events of unknown items", f"{summary['events_unknown']:,} (passed over)")]
         rows += [("bad rows", f"{summary['events_bad']:,} (skipped)")]
-    seconds = summary["seconds"]
+    before = summary["seconds_to_start"]
+    seconds = summary["seconds"] - before
     rows += [
         ("scores", f"{output} ({len(summary['parts'])} file(s))"),
         ("seconds", f"{seconds:.1f} ({summary['users_scored'] / seconds:,.0f} users/s)"),
+        ("seconds before the first", f"{before:.1f}"),
     ]
     print_table(rows)
 
