@@ -38,7 +38,8 @@ class KernelScorer:
     ) -> None:
         self.model, self.device, self.dtype = model, device, PRECISIONS[precision]
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # Triton launches on the current one
+            # Triton launches on the current device.
+            torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
             # A sum that cuBLAS splits must not be added up in fp16: `Catalogue` counts on fp32.
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self.encoder = Encoder(**config).to(device).eval()

@@ -35,6 +35,7 @@ from data.score_output import ScoreFolder, WriteBehind, summarise
 from data.scoring import UPTO, Answer, Batch, Unit, UnitScores, batches, score_batches, units_of
 from data.vocabulary import Vocabulary
 from tools.stages import print_table
+from trainer.config import ModelConfig, check_kernels
 from trainer.parity import compare
 
 TORCHSCRIPT = "torchscript"
@@ -228,8 +229,11 @@ def launcher(
         return by_bundle
     from modules.kernel_scorer import KernelScorer  # scoring with a bundle alone needs none of it
 
-    model = bundle.manifest.model
-    scorer = KernelScorer(bundle.model, model, place.device, config.kernels, items.allowed_V)
+    model = ModelConfig(**bundle.manifest.model)
+    if place.device.type == "cuda":
+        check_kernels(model)
+    sizes, kernels = asdict(model), config.kernels
+    scorer = KernelScorer(bundle.model, sizes, place.device, kernels, items.allowed_V)
     _gate(config, dataset, bundle, items, scorer, place.rank == 0)
 
     def by_kernels(batch: Batch) -> Callable[[], Answer]:

@@ -1,4 +1,4 @@
-"""On the card: the catalogue's top k against float64, the kernel scorer against a bundle's model."""
+"""On the card: the top k against float64, the kernel scorer against a bundle's own model."""
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ import torch
 import tools.score_histories as tool
 from data.bundle import Bundle, BundleManifest, sealed
 from data.errors import InputError
-from data.item_filter import read_filter
+from data.item_filter import ItemFilter, read_filter
 from data.log_query import LogRules
 from data.reader import HistoryDataset
 from data.schema import RESERVED_ROWS, Manifest
@@ -124,6 +124,14 @@ def test_kernels_that_disagree_with_the_bundle_are_refused(made, tmp_path, monke
         score(config(made, tmp_path / "s", kernels="bf16", k=5))
     assert not (tmp_path / "s").exists()
     score(config(made, tmp_path / "s", kernels="bf16", k=5, min_agreement=0))
+
+
+def test_a_bundle_whose_sizes_no_kernel_has_is_refused(made, tmp_path):
+    """The tiny model's: state 4 and head 8."""
+    place = tool.Place(0, 1, torch.device("cuda", 0))
+    dataset, bundle = HistoryDataset(made.data), opened(made.bundle)
+    with pytest.raises(InputError, match=r"model\.head=8 has no CUDA kernel; it is one of 16, 32"):
+        tool.launcher(config(made, tmp_path, kernels="bf16"), dataset, bundle, ItemFilter(), place)
 
 
 def write_ids(path: Path, **columns) -> str:

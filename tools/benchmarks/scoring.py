@@ -45,7 +45,8 @@ UNITS = 8  # of a stage that is timed alone
 
 
 def run(bench: Bench) -> None:
-    items, users = bench.size(1_000_000, 20_000, 2_000), bench.size(300_000, 1_800, 300)
+    items = bench.size(1_000_000, 20_000, 2_000)
+    users = bench.size(60_000 if bench.quick else 300_000, 1_800, 300)
     group_users, groups = bench.size(GROUP_USERS, 300, 100), bench.size(3, 2, 1)
     model = bench.model(kind="causal")
     with tempfile.TemporaryDirectory(prefix="ssd4rec-benchmark-") as scratch:
