@@ -110,8 +110,10 @@ class UnitScores:
         for rows_BK, scores_BK in self.answers:
             real_BK = rows_BK >= 0  # fewer than k items may remain
             counts.append(real_BK.sum(1).numpy())
-            rows.append(rows_BK[real_BK].numpy())
-            scores.append(scores_BK[real_BK].numpy())
+            if not real_BK.all():
+                rows_BK, scores_BK = rows_BK[real_BK], scores_BK[real_BK]
+            rows.append(rows_BK.flatten().numpy())
+            scores.append(scores_BK.flatten().numpy())
         counts_U = np.concatenate(counts)
         table = score_table(
             vocabulary, self.users.user_ids, counts_U, np.concatenate(rows), np.concatenate(scores)

@@ -18,7 +18,7 @@ and C scores have to fall by that much; normal scores of a million items fall ei
 Why so. A user and a million items of width 256 are 0.51 GFLOP: 0.6 us of an H100's tensor cores,
 10 us of its fp32 units. A row of fp32 scores is 4 MB, and `torch.topk` reads its input about six
 times, 9 us at 3 TB/s. In fp16 a row is written once and read once, 1.3 us, for the largest of each
-group of 64 items, and `topk` sees those 15,626 maxima alone. The C best items lie in the C groups
+group of 64 items, and `topk` sees those 15,632 maxima alone. The C best items lie in the C groups
 of the largest maxima, so a second `topk` sees 64 C scores. What is left out (seen items, a list a
 user) is set to -inf in the fp16 scores; what nobody may get is no column of the product at all.
 
@@ -35,6 +35,7 @@ from data.schema import RESERVED_ROWS
 from modules.scorer import NO_ROW
 
 GROUP = 64  # near the square root of items / candidates, where both selections cost the same
+COLUMNS = 8 * GROUP  # columns come in so many: 8 groups side by side are 16 bytes of fp16
 CANDIDATES = 256  # at least
 H_NORM, ROW_NORM = 128.0, 256.0  # after scaling: products stay below fp16's 65,504
 SCORE_BYTES = 1 << 31  # fp16 scores held at once
@@ -116,7 +117,7 @@ class Catalogue:
         return ROW_NORM / torch.stack(norms).amax().clamp(min=TINY)
 
     def _new_block(self, items_I: Tensor, first: int) -> _Block:
-        columns = (len(items_I) // GROUP + 1) * GROUP
+        columns = (len(items_I) // COLUMNS + 1) * COLUMNS
         half_JD = self.rows_VD.new_zeros([columns, self.rows_VD.shape[1]], dtype=torch.float16)
         for start in range(0, len(items_I), CONVERT_ROWS):
             part = items_I[start : start + CONVERT_ROWS]

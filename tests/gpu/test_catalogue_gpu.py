@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.catalogue import GROUP, Catalogue
+from modules.catalogue import COLUMNS, Catalogue
 from modules.kernel_scorer import KernelScorer
 from modules.scorer import quantise
 from tests.modules.test_catalogue import (
@@ -23,7 +23,7 @@ CUDA = torch.device("cuda")
     ("users", "rows", "width", "k"),
     [
         (1, 9, 16, 3),
-        (3, GROUP + 7, 64, 10),
+        (3, COLUMNS + 7, 64, 10),
         (130, 3_425, 256, 100),
         (257, 100_003, 256, 100),
         (7, 100_003, 96, 300),

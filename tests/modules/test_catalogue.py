@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from data.schema import RESERVED_ROWS
-from modules import catalogue as module
-from modules.catalogue import GROUP, Catalogue
+from modules.catalogue import COLUMNS, Catalogue
 from modules.encoder import Encoder
 from modules.kernel_scorer import KernelScorer
 from modules.scorer import NO_ROW, Scorer, quantise
@@ -64,8 +63,8 @@ def assert_exact(answer, scores_BV, k):
     [
         (1, 9, 4, 3),
         (5, 60, 8, 70),
-        (3, GROUP + 7, 16, 10),
-        (7, 8 + 4 * GROUP, 12, 5),
+        (3, COLUMNS + 7, 16, 10),
+        (7, 8 + COLUMNS, 12, 5),
         (9, 30_011, 20, 40),
     ],
 )
@@ -74,7 +73,7 @@ def assert_exact(answer, scores_BV, k):
 def test_top_is_that_of_all_scores(users, rows, width, k, blocks, kind):
     h_BD, rows_VD, items_N, users_N = problem(users, rows, width)
     stored_VD, scales_V = quantise(rows_VD, kind)
-    sizes = {} if blocks == "one" else {"score_bytes": 4 * 2 * 1100, "block_items": 1000}
+    sizes = {} if blocks == "one" else {"score_bytes": 4 * 2 * 1024, "block_items": 1000}
     for allowed_V in (None, torch.rand(rows, generator=torch.Generator().manual_seed(1)) < 0.7):
         if allowed_V is not None:
             allowed_V[-1] = True
@@ -185,7 +184,6 @@ def test_users_without_a_proof_are_ranked_in_full(monkeypatch):
 
 
 def test_large_batches_are_done_in_even_blocks():
-    catalogue = Catalogue(torch.randn(200, 4), score_bytes=2 * 256 * 300)
+    catalogue = Catalogue(torch.randn(200, 4), score_bytes=2 * COLUMNS * 300)
     assert catalogue.most_users == 300
     assert [catalogue._users_at_once(users) for users in (1, 300, 301, 599)] == [128, 300, 256, 300]
-    assert module.GROUP == 64
