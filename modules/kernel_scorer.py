@@ -23,7 +23,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class KernelScorer:
     """`modules.scorer.Scorer.forward` for histories of at least one item each, in batches.
 
-    model: a bundle's scripted scorer, whose row blocks become one, which both then use.
+    model: a bundle's scripted scorer, whose row blocks become one, which both then use. While they
+    do the device holds the table twice; afterwards once, and two bytes a number more.
     config: of `modules.encoder.Encoder`, as the bundle's manifest has it. allowed_V: as in `top`.
     rescored: users whom the catalogue could not prove, and whom `model.top` ranked again.
     """
