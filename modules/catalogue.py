@@ -1,6 +1,6 @@
 """The exact top k of a large catalogue: half-precision products find a superset and prove it.
 
-    approx = h' . r'       fp16, h' and r' scaled to norms of at most 2^7 and 2^8
+    approx = h' . r'       fp16, h' and r' scaled to norms of at most 2^4 and 2^8
     C candidates           those of the largest approx, C about 2 k, 256 at least
     score = h . r          fp32, of the candidates alone; the best k of them are the answer
     proof                  every other item has approx <= a, the least of the candidates, so its
@@ -13,7 +13,8 @@ all items in fp32 (`modules.scorer.Scorer.top`).
 
 ERROR, as a share of |h| max |r|, D the width: 2^-10 for rounding h and r to fp16, 2^-11 for
 rounding the product to fp16, D 2^-21 for sums in fp32, most of it in reserve. Between the ranks k
-and C scores have to fall by that much; normal scores of a million items fall eight times as far.
+and C scores have to fall by that much; normal scores of a million items fall eight times as far. A
+repeat score, which items of a history may get on top, costs a rounding more: 2^-11 of itself.
 
 Why so. A user and a million items of width 256 are 0.51 GFLOP: 0.6 us of an H100's tensor cores,
 10 us of its fp32 units. A row of fp32 scores is 4 MB, and `torch.topk` reads its input about six
@@ -37,12 +38,26 @@ from modules.scorer import NO_ROW
 GROUP = 64  # near the square root of items / candidates, where both selections cost the same
 COLUMNS = 8 * GROUP  # columns come in so many: 8 groups side by side are 16 bytes of fp16
 CANDIDATES = 256  # at least
-H_NORM, ROW_NORM = 128.0, 256.0  # after scaling: products stay below fp16's 65,504
+H_NORM, ROW_NORM = 16.0, 256.0  # after scaling: products of at most 2^12
+MOST_REPEAT = 2.0**15  # a scaled repeat score: sums stay below fp16's 65,504
 SCORE_BYTES = 1 << 31  # fp16 scores held at once
 BLOCK_ITEMS = 1 << 20  # of a product: larger catalogues are done in several
 USER_TILE = 128  # rows of a product's tile
 CONVERT_ROWS = 1 << 16  # table rows turned into fp16 at once
 TINY = 1e-30  # keeps 0 from being divided by
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Pairs (table row, user) whose scores get the user's repeat score on top, fp32 [B].
+
+    A pair may stand there twice and counts once. keys_P: user * table rows + row, sorted.
+    """
+
+    items_P: Tensor
+    users_P: Tensor
+    score_B: Tensor
+    keys_P: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,28 @@ class _Block:
     @property
     def columns(self) -> int:
         return len(self.half_JD)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a column, counted over all blocks, and a user, counted from a product's first."""
+
+    columns_N: Tensor
+    users_N: Tensor
+
+    def __sub__(self, first: int) -> "_Pairs":
+        """The pairs as a product sees them that starts with user `first`."""
+        return _Pairs(self.columns_N, self.users_N - first)
+
+    def places(self, block: _Block, users: int) -> Tensor:
+        """Each pair's place among the block's B * J scores.
+
+        What is no pair of these falls on the first user's last column, which is no item's.
+        """
+        column_N = self.columns_N - block.first
+        here_N = (column_N >= 0) & (column_N < block.columns)
+        here_N &= (self.users_N >= 0) & (self.users_N < users)
+        return torch.where(here_N, self.users_N * block.columns + column_N, block.columns - 1)
 
 
 class Catalogue:
@@ -126,7 +163,12 @@ class Catalogue:
 
     @torch.no_grad()
     def top(
-        self, h_BD: Tensor, k: int, exclude_items_N: Tensor, exclude_users_N: Tensor
+        self,
+        h_BD: Tensor,
+        k: int,
+        exclude_items_N: Tensor,
+        exclude_users_N: Tensor,
+        repeats: Repeats | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(table rows [B, k] int64, scores [B, k] fp32, proved [B] bool), best first.
 
@@ -134,15 +176,33 @@ class Catalogue:
         (table row, user) are left out. Where fewer than k items remain the rest is NO_ROW with
         -inf. Nothing waits for the device.
         """
-        scale_B1 = H_NORM / h_BD.norm(dim=1, keepdim=True).clamp(min=TINY)
-        scaled_BD = (h_BD * scale_B1).half()
-        column_N = self.column_V[exclude_items_N]
+        norm_scale_B = H_NORM / h_BD.norm(dim=1).clamp(min=TINY)
+        scaled_BD = (h_BD * norm_scale_B.unsqueeze(1)).half()
+        scale_B = norm_scale_B * self.row_scale
+        error_B = torch.full_like(scale_B, self.error)
+        excluded = _Pairs(self.column_V[exclude_items_N], exclude_users_N)
+        repeated, repeat_B = None, None
+        if repeats is not None and len(repeats.items_P):
+            repeated = _Pairs(self.column_V[repeats.items_P], repeats.users_P)
+            repeat_B = repeats.score_B * scale_B
+            error_B += 2**-11 * (H_NORM * ROW_NORM + repeat_B.abs())
+            error_B = error_B.where(repeat_B.abs() <= MOST_REPEAT, torch.inf)
         count, step = max(CANDIDATES, 2 * k), self._users_at_once(len(h_BD))
         answers = []
         for first in range(0, len(h_BD), step):
             some = slice(first, first + step)
-            found = self._candidates(scaled_BD[some], count, column_N, exclude_users_N - first)
-            answers.append(self._best(h_BD[some], scale_B1[some] * self.row_scale, k, *found))
+            approx_BC, row_BC = self._candidates(
+                scaled_BD[some], count, excluded - first, repeated and repeated - first,
+                None if repeat_B is None else repeat_B[some],
+            )  # fmt: skip
+            score_BC = self._scores_of(h_BD[some], row_BC)
+            if repeated is not None and repeats is not None:
+                score_BC += self._repeat_scores(repeats, row_BC, first)
+            score_BC = score_BC.masked_fill(approx_BC == -torch.inf, -torch.inf)
+            score_BK, row_BK = _best(score_BC, row_BC, k)
+            least_B, reached_B = approx_BC.amin(1).float(), score_BK[:, -1] * scale_B[some]
+            proved_B = (least_B == -torch.inf) | (least_B + error_B[some] < reached_B)
+            answers.append((row_BK, score_BK, proved_B))
         rows_BK, scores_BK, proved_B = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return rows_BK, scores_BK, proved_B
 
@@ -152,64 +212,76 @@ class Catalogue:
         return min(-(-even // USER_TILE) * USER_TILE, self.most_users)
 
     def _candidates(
-        self, scaled_BD: Tensor, count: int, column_N: Tensor, user_N: Tensor
+        self,
+        scaled_BD: Tensor,
+        count: int,
+        excluded: _Pairs,
+        repeated: _Pairs | None = None,
+        repeat_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The largest approximate scores and their columns, [B, C] each, in no order."""
-        approx_BC, column_BC = self._of_block(self.blocks[0], scaled_BD, count, column_N, user_N)
-        for block in self.blocks[1:]:
-            approx, column = self._of_block(block, scaled_BD, count, column_N, user_N)
-            approx_BC, column_BC = (
-                torch.cat([approx_BC, approx], 1),
-                torch.cat([column_BC, column], 1),
-            )
+        """The largest approximate scores and their rows, [B, C] each, in no order."""
+        approx, columns = [], []
+        for block in self.blocks:
+            scores_BJ = self._block_scores(block, scaled_BD)
+            if repeated is not None and repeat_B is not None:
+                at_P = repeated.places(block, len(scaled_BD))
+                repeat_P = repeat_B[repeated.users_N.clamp(0, len(scaled_BD) - 1)]
+                scores_BJ.index_copy_(0, at_P, (scores_BJ[at_P].float() + repeat_P).half())
+            scores_BJ.index_fill_(0, excluded.places(block, len(scaled_BD)), -torch.inf)
+            approx_BC, column_BC = _largest(scores_BJ, block.columns, count)
+            approx.append(approx_BC)
+            columns.append(column_BC + block.first)
+        approx_BC, column_BC = torch.cat(approx, 1), torch.cat(columns, 1)
+        if len(self.blocks) > 1:
             approx_BC, place_BC = approx_BC.topk(min(count, approx_BC.shape[1]), sorted=False)
             column_BC = column_BC.gather(1, place_BC)
-        return approx_BC, column_BC
+        return approx_BC, self.row_of_column[column_BC]
 
-    def _of_block(
-        self, block: _Block, scaled_BD: Tensor, count: int, column_N: Tensor, user_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`_candidates` among the columns of one block.
-
-        A group is every G-th column: its maximum is then taken over rows of memory, side by side.
-        """
+    def _block_scores(self, block: _Block, scaled_BD: Tensor) -> Tensor:
+        """Approximate scores of a block, fp16, user by user in one dimension [B * J]."""
         users, columns = len(scaled_BD), block.columns
         if len(self._scores) < users * columns:
             self._scores = self._scores.new_empty(users * columns)
         flat = self._scores[: users * columns]
         scores_BJ = torch.mm(scaled_BD, block.half_JD.t(), out=flat.view(users, columns))
         scores_BJ[:, block.items :] = -torch.inf
-        # What is no pair of this block falls on its last column, which is left out anyway.
-        place_N = column_N - block.first
-        here_N = (place_N >= 0) & (place_N < columns) & (user_N >= 0) & (user_N < users)
-        flat.index_fill_(
-            0, torch.where(here_N, user_N * columns + place_N, columns - 1), -torch.inf
-        )
-        groups = columns // GROUP
-        scores_BMG = flat.view(users, GROUP, groups)
-        group_BC = scores_BMG.amax(1).topk(min(count, groups), sorted=False).indices
-        inside = group_BC.unsqueeze(1).expand(-1, GROUP, -1)
-        chosen_BX = scores_BMG.gather(2, inside).flatten(1)
-        approx_BC, place_BC = chosen_BX.topk(min(count, chosen_BX.shape[1]), sorted=False)
-        taken = group_BC.shape[1]
-        member_BC = place_BC.div(taken, rounding_mode="floor")
-        column_BC = member_BC * groups + group_BC.gather(1, place_BC % taken) + block.first
-        return approx_BC, column_BC
+        return flat
 
-    def _best(
-        self, h_BD: Tensor, scale_B1: Tensor, k: int, approx_BC: Tensor, column_BC: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The k best of the candidates by their fp32 scores, and whether no other can be one."""
-        row_BC = self.row_of_column[column_BC]
+    def _scores_of(self, h_BD: Tensor, row_BC: Tensor) -> Tensor:
+        """fp32 scores of rows, those of NO_ROW without meaning."""
         x_BCD = self.look_up(row_BC.clamp(min=0))
-        score_BC = torch.bmm(x_BCD, h_BD.unsqueeze(2)).squeeze(2)
-        score_BC = score_BC.masked_fill(approx_BC == -torch.inf, -torch.inf)
-        least_B = approx_BC.amin(1).float()
-        missing = k - score_BC.shape[1]
-        if missing > 0:  # a catalogue of fewer columns than that
-            score_BC = torch.nn.functional.pad(score_BC, (0, missing), value=-torch.inf)
-            row_BC = torch.nn.functional.pad(row_BC, (0, missing), value=NO_ROW)
-        score_BK, place_BK = score_BC.topk(k, dim=1)
-        row_BK = row_BC.gather(1, place_BK).masked_fill(score_BK == -torch.inf, NO_ROW)
-        reached_B = score_BK[:, -1] * scale_B1.squeeze(1)
-        return row_BK, score_BK, (least_B == -torch.inf) | (least_B + self.error < reached_B)
+        return torch.bmm(x_BCD, h_BD.unsqueeze(2)).squeeze(2)
+
+    def _repeat_scores(self, repeats: Repeats, row_BC: Tensor, first: int) -> Tensor:
+        """What rows of users `first` and on score as repeats, fp32 [B, C]; 0 if they are none."""
+        user_B1 = torch.arange(first, first + len(row_BC), device=row_BC.device).unsqueeze(1)
+        key_BC = user_B1 * len(self.rows_VD) + row_BC
+        place_BC = torch.searchsorted(repeats.keys_P, key_BC).clamp(max=len(repeats.keys_P) - 1)
+        here_BC = repeats.keys_P[place_BC] == key_BC
+        return torch.where(here_BC, repeats.score_B[user_B1], 0.0)
+
+
+def _largest(scores: Tensor, columns: int, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each user's scores, and their columns, in no order.
+
+    A group is every G-th column: its maximum is then taken over rows of memory, side by side.
+    """
+    groups = columns // GROUP
+    scores_BMG = scores.view(-1, GROUP, groups)
+    group_BC = scores_BMG.amax(1).topk(min(count, groups), sorted=False).indices
+    inside = group_BC.unsqueeze(1).expand(-1, GROUP, -1)
+    chosen_BX = scores_BMG.gather(2, inside).flatten(1)
+    approx_BC, place_BC = chosen_BX.topk(min(count, chosen_BX.shape[1]), sorted=False)
+    taken = group_BC.shape[1]
+    member_BC = place_BC.div(taken, rounding_mode="floor")
+    return approx_BC, member_BC * groups + group_BC.gather(1, place_BC % taken)
+
+
+def _best(score_BC: Tensor, row_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores and their rows; NO_ROW for -inf and where there are fewer."""
+    missing = k - score_BC.shape[1]
+    if missing > 0:  # a catalogue of fewer columns than that
+        score_BC = torch.nn.functional.pad(score_BC, (0, missing), value=-torch.inf)
+        row_BC = torch.nn.functional.pad(row_BC, (0, missing), value=NO_ROW)
+    score_BK, place_BK = score_BC.topk(k, dim=1)
+    return score_BK, row_BC.gather(1, place_BK).masked_fill(score_BK == -torch.inf, NO_ROW)

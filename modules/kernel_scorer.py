@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.catalogue import Catalogue
+from modules.catalogue import Catalogue, Repeats
 from modules.encoder import Encoder
 from modules.ssd import sequence_of_tokens
 
+Pairs = tuple[Tensor, Tensor]  # items (table rows) and users (of a batch), int64
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -55,6 +56,7 @@ class KernelScorer:
     @torch.no_grad()
     def hidden(self, items_T: Tensor, offsets_B1: Tensor) -> Tensor:
         """The user vectors, fp32 [B, D]: the encoder's output at each last token."""
+        items_T, offsets_B1 = self._here(items_T), self._here(offsets_B1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.encoder(self.catalogue.look_up(items_T), offsets_B1, offsets_B1[1:] - 1)
 
@@ -73,14 +75,30 @@ class KernelScorer:
         as are the pairs `excluded` (item, sequence). No sequence may be empty.
         """
         items_T, offsets_B1 = self._here(items_T), self._here(offsets_B1)
-        items_N = users_N = torch.zeros(0, dtype=torch.int64, device=self.device)
-        if exclude_seen:
-            items_N, users_N = items_T.long(), sequence_of_tokens(offsets_B1, len(items_T))
+        h_BD = self.hidden(items_T, offsets_B1)
+        items_N, users_N = items_T.long(), sequence_of_tokens(offsets_B1, len(items_T))
+        seen = None
+        if not exclude_seen:
+            seen = (items_N, users_N) if self.encoder.repeats else None
+            items_N, users_N = items_N[:0], users_N[:0]
         if excluded is not None:
             items_N = torch.cat([items_N, self._here(excluded[0])])
             users_N = torch.cat([users_N, self._here(excluded[1])])
-        h_BD = self.hidden(items_T, offsets_B1)
-        answer = self.catalogue.top(h_BD, k, items_N, users_N)
+        return self._rank(h_BD, k, (items_N, users_N), seen)
+
+    @torch.no_grad()
+    def top(
+        self, h_BD: Tensor, k: int, exclude_items_N: Tensor, exclude_users_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`modules.scorer.Scorer.top` without repeat scores, the answer on the CPU."""
+        pairs = self._here(exclude_items_N), self._here(exclude_users_N)
+        return self._rank(h_BD, k, pairs, None)()
+
+    def _rank(
+        self, h_BD: Tensor, k: int, left_out: Pairs, seen: Pairs | None
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Start ranking. seen: pairs that get the encoder's repeat score."""
+        answer = self.catalogue.top(h_BD, k, *left_out, self._repeats(h_BD, seen))
         rows_BK, scores_BK, proved_B = (one.to("cpu", non_blocking=True) for one in answer)
         done = torch.cuda.Event() if self.device.type == "cuda" else None
         if done is not None:
@@ -91,26 +109,38 @@ class KernelScorer:
                 done.synchronize()
             if not proved_B.all():
                 some_R = (~proved_B).nonzero().squeeze(1)
-                again = self._rank_all(h_BD, some_R.to(self.device), k, items_N, users_N)
+                again = self._rank_all(h_BD, some_R.to(self.device), k, left_out, seen)
                 for answered, part in zip((rows_BK, scores_BK), again, strict=True):
                     answered[some_R] = part.cpu()
             return rows_BK, scores_BK
 
         return wait
 
+    def _repeats(self, h_BD: Tensor, seen: Pairs | None) -> Repeats | None:
+        if seen is None:
+            return None
+        items_P, users_P = seen
+        keys_P = (users_P * len(self.catalogue.rows_VD) + items_P).sort().values
+        return Repeats(items_P, users_P, self.encoder.repeat_score(h_BD), keys_P)
+
+    @torch.no_grad()
     def _rank_all(
-        self, h_BD: Tensor, some_R: Tensor, k: int, items_N: Tensor, users_N: Tensor
+        self, h_BD: Tensor, some_R: Tensor, k: int, left_out: Pairs, seen: Pairs | None
     ) -> tuple[Tensor, Tensor]:
         """The answers of the users `some_R` by fp32 scores of all items."""
         self.rescored += len(some_R)
         place_B = torch.full([len(h_BD)], -1, device=self.device)
         place_B[some_R] = torch.arange(len(some_R), device=self.device)
-        place_N = place_B[users_N]
-        kept_N = place_N >= 0
-        return self.model.top(h_BD[some_R], k, items_N[kept_N], place_N[kept_N], self.allowed_V)
+
+        def of_these(pairs: Pairs) -> Pairs:
+            place_N = place_B[pairs[1]]
+            return pairs[0][place_N >= 0], place_N[place_N >= 0]
+
+        repeated = () if seen is None else of_these(seen)
+        return self.model.top(h_BD[some_R], k, *of_these(left_out), self.allowed_V, *repeated)
 
     def _here(self, x: Tensor) -> Tensor:
         """On the device, without waiting for what runs there."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or x.is_cuda:
             return x
         return x.pin_memory().to(self.device, non_blocking=True)

@@ -35,7 +35,7 @@ from data.score_output import ScoreFolder, WriteBehind, summarise
 from data.scoring import UPTO, Answer, Batch, Unit, UnitScores, batches, score_batches, units_of
 from data.vocabulary import Vocabulary
 from tools.stages import print_table
-from trainer.config import ModelConfig, check_kernels
+from trainer.config import check_kernels
 from trainer.parity import compare
 
 TORCHSCRIPT = "torchscript"
@@ -229,10 +229,10 @@ def launcher(
         return by_bundle
     from modules.kernel_scorer import KernelScorer  # scoring with a bundle alone needs none of it
 
-    model = ModelConfig(**bundle.manifest.model)
+    sizes = bundle.manifest.model
     if place.device.type == "cuda":
-        check_kernels(model)
-    sizes, kernels = asdict(model), config.kernels
+        check_kernels(sizes["head"], sizes["state"], sizes["conv"])
+    kernels = config.kernels
     scorer = KernelScorer(bundle.model, sizes, place.device, kernels, items.allowed_V)
     _gate(config, dataset, bundle, items, scorer, place.rank == 0)
 
@@ -260,9 +260,13 @@ def _gate(
     if batch is None:
         return  # nothing to score either
     items_T, k = batch.items_T.long(), min(config.k, GATE_ITEMS)
-    rows_BK, scores_BK = bundle.score(items_T, batch.offsets_B1, k, False, None, items.allowed_V)
+    here = [one.to(bundle.device) for one in (items_T, batch.offsets_B1, items_T[:0])]
+    allowed_V = None if items.allowed_V is None else items.allowed_V.to(bundle.device)
+    h_BD = bundle.model.hidden(here[0], here[1])
+    rows_BK, scores_BK = bundle.model.top(h_BD, k, here[2], here[2], allowed_V)
+    rows_BK, scores_BK = bundle.checked(rows_BK.cpu(), scores_BK.cpu())
     probe = {"history": items_T, "offsets": batch.offsets_B1, "items": rows_BK, "scores": scores_BK}
-    parity = compare(lambda *question: scorer.launch(*question)(), probe)
+    parity = compare(scorer, probe)
     if is_main:
         print(f"kernels={config.kernels} against the bundle's own model, {parity}")
     if not parity.overlap >= config.min_agreement:  # NaN is not enough either

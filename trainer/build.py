@@ -38,7 +38,7 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
     """
     train, data = config.trainer, config.data
     if world.device.type == "cuda":
-        check_kernels(config.model)
+        check_kernels(config.model.head, config.model.state, config.model.conv)
     kind: Literal["cpu", "cuda"] = "cuda" if world.device.type == "cuda" else "cpu"
     optimizer = table_optimizer(config.embedding.optimizer, world.device)
     if optimizer == "adam" and config.embedding.dtype == "fp16":

@@ -36,12 +36,12 @@ class ModelConfig:
     repeats: bool
 
 
-def check_kernels(model: ModelConfig) -> None:
+def check_kernels(head: int, state: int, conv: int) -> None:
     """Raises InputError for sizes that no CUDA kernel has."""
     for key, size, sizes in [
-        ("model.head", model.head, KERNEL_SIZES),
-        ("model.state", model.state, KERNEL_SIZES),
-        ("model.conv", model.conv, KERNEL_TAPS),
+        ("model.head", head, KERNEL_SIZES),
+        ("model.state", state, KERNEL_SIZES),
+        ("model.conv", conv, KERNEL_TAPS),
     ]:
         if size not in sizes:
             raise InputError(

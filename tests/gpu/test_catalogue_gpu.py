@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from modules.catalogue import COLUMNS, Catalogue
+from modules.catalogue import COLUMNS, Catalogue, _Pairs
 from modules.kernel_scorer import KernelScorer
 from modules.scorer import quantise
 from tests.modules.test_catalogue import (
-    NOTHING,
     assert_exact,
     close_rows,
     exact_scores,
@@ -51,11 +50,10 @@ def test_the_bound_holds():
     rows_VD = 1.0 + 2.0**-12 + torch.rand(20_000, 256, device=CUDA) * 2.0**-10
     h_BD = 1.0 + 2.0**-12 + torch.rand(200, 256, device=CUDA) * 2.0**-10
     catalogue = Catalogue(rows_VD)
-    nothing = NOTHING.to(CUDA)
-    scaled_BD = (h_BD * (128 / h_BD.norm(dim=1, keepdim=True))).half()
-    approx_BC, column_BC = catalogue._candidates(scaled_BD, 300, nothing, nothing)
-    row_BC = catalogue.row_of_column[column_BC]
-    scale_B1 = 128 / h_BD.double().norm(dim=1, keepdim=True) * catalogue.row_scale
+    nothing = torch.zeros(0, dtype=torch.int64, device=CUDA)
+    scaled_BD = (h_BD * (16 / h_BD.norm(dim=1, keepdim=True))).half()
+    approx_BC, row_BC = catalogue._candidates(scaled_BD, 300, _Pairs(nothing, nothing))
+    scale_B1 = 16 / h_BD.double().norm(dim=1, keepdim=True) * catalogue.row_scale
     exact_BC = (h_BD.double() @ rows_VD.double().T * scale_B1).gather(1, row_BC)
     assert (approx_BC - exact_BC).abs().max() <= catalogue.error
 

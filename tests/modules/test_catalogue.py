@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from data.schema import RESERVED_ROWS
-from modules.catalogue import COLUMNS, Catalogue
+from modules.catalogue import COLUMNS, Catalogue, Repeats, _Pairs
 from modules.encoder import Encoder
 from modules.kernel_scorer import KernelScorer
 from modules.scorer import NO_ROW, Scorer, quantise
 
 CPU = torch.device("cpu")
 NOTHING = torch.zeros(0, dtype=torch.int64)
+NO_PAIRS = _Pairs(NOTHING, NOTHING)
 
 
 def problem(users, rows, width, device=CPU, seed=0):
@@ -85,6 +86,38 @@ def test_top_is_that_of_all_scores(users, rows, width, k, blocks, kind):
         assert_exact((rows_BK, scores_BK), exact, k)
 
 
+def repeats_of(rows, pairs, size, seed=2):
+    """Pairs, some twice, with repeat scores of this size, of both signs."""
+    g = torch.Generator().manual_seed(seed)
+    items_P, users_P = pairs
+    score_B = torch.randn(int(users_P.max()) + 1, generator=g) * size
+    return Repeats(items_P, users_P, score_B, (users_P * rows + items_P).sort().values)
+
+
+@pytest.mark.parametrize("size", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize("blocks", ["one", "many"])
+def test_repeats_score_more(size, blocks):
+    h_BD, rows_VD, items_P, users_P = problem(9, 5_000, 24)
+    repeats = repeats_of(len(rows_VD), (items_P, users_P), size)
+    sizes = {} if blocks == "one" else {"score_bytes": 4 * 2 * 1024, "block_items": 1000}
+    catalogue = Catalogue(rows_VD, **sizes)
+    left_out = items_P[::3], users_P[::3]
+    rows_BK, scores_BK, proved_B = catalogue.top(h_BD, 40, *left_out, repeats)
+    assert proved_B.all()
+    exact = exact_scores(h_BD, rows_VD, *left_out)
+    pairs_P2 = torch.stack([users_P, items_P], 1).unique(dim=0)
+    exact[pairs_P2[:, 0], pairs_P2[:, 1]] += repeats.score_B[pairs_P2[:, 0]].double()
+    assert_exact((rows_BK, scores_BK), exact, 40)
+
+
+def test_a_repeat_score_beyond_fp16_proves_nothing():
+    h_BD, rows_VD, *pairs = problem(9, 5_000, 24)
+    *_, proved_B = Catalogue(rows_VD).top(
+        h_BD, 40, NOTHING, NOTHING, repeats_of(len(rows_VD), pairs, 1e6)
+    )
+    assert not proved_B.any()
+
+
 def test_nobody_has_anything_left_out():
     h_BD, rows_VD, *_ = problem(4, 500, 8)
     rows_BK, scores_BK, proved_B = Catalogue(rows_VD).top(h_BD, 9, NOTHING, NOTHING)
@@ -98,11 +131,10 @@ def test_the_bound_holds_and_is_no_larger_than_it_has_to_be():
         rows_VD = 1.0 + 2.0**-12 + torch.rand(4000, width) * 2.0**-10
         h_BD = 1.0 + 2.0**-12 + torch.rand(3, width) * 2.0**-10
         catalogue = Catalogue(rows_VD)
-        approx_BC, column_BC = catalogue._candidates(
-            (h_BD * (128 / h_BD.norm(dim=1, keepdim=True))).half(), 4000, NOTHING, NOTHING
+        approx_BC, row_BC = catalogue._candidates(
+            (h_BD * (16 / h_BD.norm(dim=1, keepdim=True))).half(), 4000, NO_PAIRS
         )
-        row_BC = catalogue.row_of_column[column_BC]
-        scale_B1 = 128 / h_BD.double().norm(dim=1, keepdim=True) * catalogue.row_scale
+        scale_B1 = 16 / h_BD.double().norm(dim=1, keepdim=True) * catalogue.row_scale
         exact_BC = (h_BD.double() @ rows_VD.double().T * scale_B1).gather(1, row_BC.clamp(min=0))
         error_BC = (approx_BC - exact_BC).where(row_BC >= 0, 0.0).abs()
         assert error_BC.max() <= catalogue.error
@@ -126,7 +158,10 @@ def scripted(rows_VD, blocks, kind="fp32", **sizes):
     torch.manual_seed(0)
     config = {"kind": "causal", "width": rows_VD.shape[1], "layers": 2, "state": 4, "head": 8}
     config |= {"expand": 2, "conv": 4, "dropout": 0.3, "norm_embedding": True} | sizes
-    scorer = torch.jit.script(Scorer(Encoder(**config)))
+    encoder = Encoder(**config)
+    if encoder.repeats:
+        torch.nn.init.normal_(encoder.repeat.weight)
+    scorer = torch.jit.script(Scorer(encoder))
     parts = [quantise(part, kind) for part in rows_VD.split(blocks)]
     scales = [scale for _, scale in parts if scale is not None]
     scorer.set_rows([part for part, _ in parts], scales)
@@ -138,9 +173,10 @@ LENGTHS = [5, 1, 290, 17, 64]
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("exclude_seen", [False, True])
-def test_kernel_scorer_answers_as_the_bundles_model(kind, exclude_seen):
+@pytest.mark.parametrize("repeats", [False, True])
+def test_kernel_scorer_answers_as_the_bundles_model(kind, exclude_seen, repeats):
     rows_VD = torch.randn(700, 16, generator=torch.Generator().manual_seed(3))
-    model, config = scripted(rows_VD, 150, kind)
+    model, config = scripted(rows_VD, 150, kind, repeats=repeats)
     items_T = torch.randint(8, 700, (sum(LENGTHS),), dtype=torch.int32)
     offsets_B1 = torch.tensor([0, *LENGTHS]).cumsum(0)
     pairs = torch.tensor([9, 40, 600, 600]), torch.tensor([0, 0, 3, 4])
@@ -156,28 +192,23 @@ def test_kernel_scorer_answers_as_the_bundles_model(kind, exclude_seen):
     assert torch.equal(again[0], expected[0])  # its rows are one block now
 
 
-def test_users_without_a_proof_are_ranked_in_full(monkeypatch):
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_users_without_a_proof_are_ranked_in_full(exclude_seen):
     """Some have one and some not: here by a bound that is too large for most."""
     rows_VD = torch.randn(3000, 16, generator=torch.Generator().manual_seed(3))
-    model, config = scripted(rows_VD, 3000)
+    model, config = scripted(rows_VD, 3000, repeats=True)
     items_T = torch.randint(8, 3000, (sum(LENGTHS),))
     offsets_B1 = torch.tensor([0, *LENGTHS]).cumsum(0)
     pairs = torch.tensor([9, 40]), torch.tensor([1, 3])
-    expected = model(items_T, offsets_B1, 20, True, *pairs)
+    expected = model(items_T, offsets_B1, 20, exclude_seen, *pairs)
     scorer = KernelScorer(model, config, CPU, "fp32")
     h_BD = scorer.hidden(items_T, offsets_B1)
-    gaps = []
-    best = scorer.catalogue._best
-
-    def spy(h_BD, scale_B1, k, approx_BC, column_BC):
-        answer = best(h_BD, scale_B1, k, approx_BC, column_BC)
-        gaps.extend((answer[1][:, -1] * scale_B1.squeeze(1) - approx_BC.amin(1)).tolist())
-        return answer
-
-    monkeypatch.setattr(scorer.catalogue, "_best", spy)
-    scorer.catalogue.top(h_BD, 20, NOTHING, NOTHING)
-    scorer.catalogue.error = sorted(gaps)[2]
-    rows, scores = scorer.launch(items_T, offsets_B1, 20, True, pairs)()
+    scale_B1 = 16 / h_BD.norm(dim=1, keepdim=True)
+    approx_BC, _ = scorer.catalogue._candidates((h_BD * scale_B1).half(), 256, NO_PAIRS)
+    _, best_BK, _ = scorer.catalogue.top(h_BD, 20, NOTHING, NOTHING)
+    gap_B = best_BK[:, -1:] * scale_B1 * scorer.catalogue.row_scale - approx_BC.amin(1, True)
+    scorer.catalogue.error = float(gap_B.flatten().sort().values[2])
+    rows, scores = scorer.launch(items_T, offsets_B1, 20, exclude_seen, pairs)()
     assert 0 < scorer.rescored < len(LENGTHS)
     assert torch.equal(rows, expected[0])
     torch.testing.assert_close(scores, expected[1], rtol=1e-5, atol=1e-5)
