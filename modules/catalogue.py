@@ -99,6 +99,56 @@ class _Pairs:
         return torch.where(here_N, self.users_N * block.columns + column_N, block.columns - 1)
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What is asked for some users, who are counted from 0 in the pairs.
+
+    half_BD: scaled h, fp16. scale_B: a score times this is comparable with approximate ones.
+    error_B: by how much those may be off; inf where it is not known. first: the number of the first
+    of these users in `repeats`.
+    """
+
+    h_BD: Tensor
+    half_BD: Tensor
+    scale_B: Tensor
+    error_B: Tensor
+    excluded: _Pairs
+    repeated: _Pairs | None
+    repeats: Repeats | None
+    first: int = 0
+
+    def part(self, first: int, users: int) -> "_Question":
+        some = slice(first, first + users)
+        return _Question(
+            self.h_BD[some],
+            self.half_BD[some],
+            self.scale_B[some],
+            self.error_B[some],
+            self.excluded - first,
+            None if self.repeated is None else self.repeated - first,
+            self.repeats,
+            first,
+        )
+
+    def scaled_repeats(self) -> Tensor:
+        """What each pair of `repeated` adds to an approximate score; any number for other users."""
+        assert self.repeats is not None
+        assert self.repeated is not None
+        users = len(self.h_BD)
+        score_B = self.repeats.score_B[self.first : self.first + users] * self.scale_B
+        return score_B[self.repeated.users_N.clamp(0, users - 1)]
+
+    def repeat_scores(self, row_BC: Tensor, table_rows: int) -> Tensor:
+        """What rows score more as repeats, fp32 [B, C]; 0 if they are none."""
+        assert self.repeats is not None
+        keys_P = self.repeats.keys_P
+        user_B = self.first + torch.arange(len(row_BC), device=row_BC.device)
+        key_BC = user_B.unsqueeze(1) * table_rows + row_BC
+        place_BC = torch.searchsorted(keys_P, key_BC).clamp(max=len(keys_P) - 1)
+        score_B1 = self.repeats.score_B[user_B].unsqueeze(1)
+        return torch.where(keys_P[place_BC] == key_BC, score_B1, 0.0)
+
+
 class Catalogue:
     """The items that may be recommended, on the device that ranks them.
 
@@ -176,59 +226,54 @@ class Catalogue:
         (table row, user) are left out. Where fewer than k items remain the rest is NO_ROW with
         -inf. Nothing waits for the device.
         """
-        norm_scale_B = H_NORM / h_BD.norm(dim=1).clamp(min=TINY)
-        scaled_BD = (h_BD * norm_scale_B.unsqueeze(1)).half()
-        scale_B = norm_scale_B * self.row_scale
-        error_B = torch.full_like(scale_B, self.error)
-        excluded = _Pairs(self.column_V[exclude_items_N], exclude_users_N)
-        repeated, repeat_B = None, None
-        if repeats is not None and len(repeats.items_P):
-            repeated = _Pairs(self.column_V[repeats.items_P], repeats.users_P)
-            repeat_B = repeats.score_B * scale_B
-            error_B += 2**-11 * (H_NORM * ROW_NORM + repeat_B.abs())
-            error_B = error_B.where(repeat_B.abs() <= MOST_REPEAT, torch.inf)
-        count, step = max(CANDIDATES, 2 * k), self._users_at_once(len(h_BD))
-        answers = []
-        for first in range(0, len(h_BD), step):
-            some = slice(first, first + step)
-            approx_BC, row_BC = self._candidates(
-                scaled_BD[some], count, excluded - first, repeated and repeated - first,
-                None if repeat_B is None else repeat_B[some],
-            )  # fmt: skip
-            score_BC = self._scores_of(h_BD[some], row_BC)
-            if repeated is not None and repeats is not None:
-                score_BC += self._repeat_scores(repeats, row_BC, first)
-            score_BC = score_BC.masked_fill(approx_BC == -torch.inf, -torch.inf)
-            score_BK, row_BK = _best(score_BC, row_BC, k)
-            least_B, reached_B = approx_BC.amin(1).float(), score_BK[:, -1] * scale_B[some]
-            proved_B = (least_B == -torch.inf) | (least_B + error_B[some] < reached_B)
-            answers.append((row_BK, score_BK, proved_B))
+        question = self._question(h_BD, exclude_items_N, exclude_users_N, repeats)
+        step = self._users_at_once(len(h_BD))
+        answers = [
+            self._answer(question.part(first, step), k) for first in range(0, len(h_BD), step)
+        ]
         rows_BK, scores_BK, proved_B = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return rows_BK, scores_BK, proved_B
+
+    def _question(
+        self, h_BD: Tensor, items_N: Tensor, users_N: Tensor, repeats: Repeats | None
+    ) -> _Question:
+        norm_scale_B = H_NORM / h_BD.norm(dim=1).clamp(min=TINY)
+        scale_B = norm_scale_B * self.row_scale
+        error_B = torch.full_like(scale_B, self.error)
+        repeated = None
+        if repeats is not None and len(repeats.items_P):
+            repeated = _Pairs(self.column_V[repeats.items_P], repeats.users_P)
+            repeat_B = (repeats.score_B * scale_B).abs()
+            error_B += 2**-11 * (H_NORM * ROW_NORM + repeat_B)
+            error_B = error_B.where(repeat_B <= MOST_REPEAT, torch.inf)
+        half_BD = (h_BD * norm_scale_B.unsqueeze(1)).half()
+        excluded = _Pairs(self.column_V[items_N], users_N)
+        return _Question(h_BD, half_BD, scale_B, error_B, excluded, repeated, repeats)
+
+    def _answer(self, question: _Question, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`top` of one product's users."""
+        approx_BC, row_BC = self._candidates(question, max(CANDIDATES, 2 * k))
+        x_BCD = self.look_up(row_BC.clamp(min=0))
+        score_BC = torch.bmm(x_BCD, question.h_BD.unsqueeze(2)).squeeze(2)
+        if question.repeated is not None:
+            score_BC += question.repeat_scores(row_BC, len(self.rows_VD))
+        score_BC = score_BC.masked_fill(approx_BC == -torch.inf, -torch.inf)
+        score_BK, row_BK = _best(score_BC, row_BC, k)
+        least_B, reached_B = approx_BC.amin(1).float(), score_BK[:, -1] * question.scale_B
+        proved_B = (least_B == -torch.inf) | (least_B + question.error_B < reached_B)
+        return row_BK, score_BK, proved_B & question.error_B.isfinite()
 
     def _users_at_once(self, users: int) -> int:
         """Blocks of about equal size, in whole tiles of a product."""
         even = -(-users // -(-users // self.most_users))
         return min(-(-even // USER_TILE) * USER_TILE, self.most_users)
 
-    def _candidates(
-        self,
-        scaled_BD: Tensor,
-        count: int,
-        excluded: _Pairs,
-        repeated: _Pairs | None = None,
-        repeat_B: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def _candidates(self, question: _Question, count: int) -> tuple[Tensor, Tensor]:
         """The largest approximate scores and their rows, [B, C] each, in no order."""
         approx, columns = [], []
         for block in self.blocks:
-            scores_BJ = self._block_scores(block, scaled_BD)
-            if repeated is not None and repeat_B is not None:
-                at_P = repeated.places(block, len(scaled_BD))
-                repeat_P = repeat_B[repeated.users_N.clamp(0, len(scaled_BD) - 1)]
-                scores_BJ.index_copy_(0, at_P, (scores_BJ[at_P].float() + repeat_P).half())
-            scores_BJ.index_fill_(0, excluded.places(block, len(scaled_BD)), -torch.inf)
-            approx_BC, column_BC = _largest(scores_BJ, block.columns, count)
+            scores = self._block_scores(block, question)
+            approx_BC, column_BC = _largest(scores, block.columns, count)
             approx.append(approx_BC)
             columns.append(column_BC + block.first)
         approx_BC, column_BC = torch.cat(approx, 1), torch.cat(columns, 1)
@@ -237,28 +282,18 @@ class Catalogue:
             column_BC = column_BC.gather(1, place_BC)
         return approx_BC, self.row_of_column[column_BC]
 
-    def _block_scores(self, block: _Block, scaled_BD: Tensor) -> Tensor:
+    def _block_scores(self, block: _Block, question: _Question) -> Tensor:
         """Approximate scores of a block, fp16, user by user in one dimension [B * J]."""
-        users, columns = len(scaled_BD), block.columns
+        users, columns = len(question.h_BD), block.columns
         if len(self._scores) < users * columns:
             self._scores = self._scores.new_empty(users * columns)
         flat = self._scores[: users * columns]
-        scores_BJ = torch.mm(scaled_BD, block.half_JD.t(), out=flat.view(users, columns))
+        scores_BJ = torch.mm(question.half_BD, block.half_JD.t(), out=flat.view(users, columns))
         scores_BJ[:, block.items :] = -torch.inf
-        return flat
-
-    def _scores_of(self, h_BD: Tensor, row_BC: Tensor) -> Tensor:
-        """fp32 scores of rows, those of NO_ROW without meaning."""
-        x_BCD = self.look_up(row_BC.clamp(min=0))
-        return torch.bmm(x_BCD, h_BD.unsqueeze(2)).squeeze(2)
-
-    def _repeat_scores(self, repeats: Repeats, row_BC: Tensor, first: int) -> Tensor:
-        """What rows of users `first` and on score as repeats, fp32 [B, C]; 0 if they are none."""
-        user_B1 = torch.arange(first, first + len(row_BC), device=row_BC.device).unsqueeze(1)
-        key_BC = user_B1 * len(self.rows_VD) + row_BC
-        place_BC = torch.searchsorted(repeats.keys_P, key_BC).clamp(max=len(repeats.keys_P) - 1)
-        here_BC = repeats.keys_P[place_BC] == key_BC
-        return torch.where(here_BC, repeats.score_B[user_B1], 0.0)
+        if question.repeated is not None:
+            at_P = question.repeated.places(block, users)
+            flat.index_copy_(0, at_P, (flat[at_P].float() + question.scaled_repeats()).half())
+        return flat.index_fill_(0, question.excluded.places(block, users), -torch.inf)
 
 
 def _largest(scores: Tensor, columns: int, count: int) -> tuple[Tensor, Tensor]:

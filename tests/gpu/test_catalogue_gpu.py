@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.catalogue import COLUMNS, Catalogue, _Pairs
+from modules.catalogue import COLUMNS, Catalogue
 from modules.kernel_scorer import KernelScorer
 from modules.scorer import quantise
 from tests.modules.test_catalogue import (
@@ -51,9 +51,9 @@ def test_the_bound_holds():
     h_BD = 1.0 + 2.0**-12 + torch.rand(200, 256, device=CUDA) * 2.0**-10
     catalogue = Catalogue(rows_VD)
     nothing = torch.zeros(0, dtype=torch.int64, device=CUDA)
-    scaled_BD = (h_BD * (16 / h_BD.norm(dim=1, keepdim=True))).half()
-    approx_BC, row_BC = catalogue._candidates(scaled_BD, 300, _Pairs(nothing, nothing))
-    scale_B1 = 16 / h_BD.double().norm(dim=1, keepdim=True) * catalogue.row_scale
+    question = catalogue._question(h_BD, nothing, nothing, None)
+    approx_BC, row_BC = catalogue._candidates(question, 300)
+    scale_B1 = question.scale_B.double().unsqueeze(1)
     exact_BC = (h_BD.double() @ rows_VD.double().T * scale_B1).gather(1, row_BC)
     assert (approx_BC - exact_BC).abs().max() <= catalogue.error
 
@@ -70,18 +70,19 @@ def test_top_waits_for_nothing():
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.999), ("bf16", 0.95)])
-def test_kernel_scorer_answers_as_the_bundles_model(precision, least):
+@pytest.mark.parametrize("exclude_seen", [False, True])  # False: repeats get a score of their own
+def test_kernel_scorer_answers_as_the_bundles_model(precision, least, exclude_seen):
     rows_VD = torch.randn(20_008, 128, device=CUDA)
-    model, config = scripted(rows_VD, 7_000, state=32, head=32)
+    model, config = scripted(rows_VD, 7_000, state=32, head=32, repeats=True)
     model = model.to(CUDA)
     lengths = torch.tensor([1, 2, 64, 65, 300, 1, 1_000, *[40] * 100])
     offsets_B1 = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     items_T = torch.randint(8, 20_008, (int(lengths.sum()),), dtype=torch.int32)
     pairs = torch.tensor([9, 40, 600]), torch.tensor([0, 3, 4])
     here = [one.to(CUDA) for one in (items_T.long(), offsets_B1, *pairs)]
-    expected = model(here[0], here[1], 100, True, here[2], here[3])
+    expected = model(here[0], here[1], 100, exclude_seen, here[2], here[3])
     scorer = KernelScorer(model, config, CUDA, precision)
-    rows, scores = scorer.launch(items_T, offsets_B1, 100, True, pairs)()
+    rows, scores = scorer.launch(items_T, offsets_B1, 100, exclude_seen, pairs)()
     same = (rows.unsqueeze(2) == expected[0].cpu().unsqueeze(1)).any(2)
     assert same.float().mean() >= least
     assert scorer.rescored == 0

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from data.schema import RESERVED_ROWS
-from modules.catalogue import COLUMNS, Catalogue, Repeats, _Pairs
+from modules.catalogue import COLUMNS, Catalogue, Repeats
 from modules.encoder import Encoder
 from modules.kernel_scorer import KernelScorer
 from modules.scorer import NO_ROW, Scorer, quantise
 
 CPU = torch.device("cpu")
 NOTHING = torch.zeros(0, dtype=torch.int64)
-NO_PAIRS = _Pairs(NOTHING, NOTHING)
 
 
 def problem(users, rows, width, device=CPU, seed=0):
@@ -110,8 +109,10 @@ def test_repeats_score_more(size, blocks):
     assert_exact((rows_BK, scores_BK), exact, 40)
 
 
-def test_a_repeat_score_beyond_fp16_proves_nothing():
-    h_BD, rows_VD, *pairs = problem(9, 5_000, 24)
+@pytest.mark.parametrize("rows", [100, 5_000])
+def test_a_repeat_score_beyond_fp16_proves_nothing(rows):
+    """Also where every item is a candidate: a score far below would pass for one left out."""
+    h_BD, rows_VD, *pairs = problem(9, rows, 24)
     *_, proved_B = Catalogue(rows_VD).top(
         h_BD, 40, NOTHING, NOTHING, repeats_of(len(rows_VD), pairs, 1e6)
     )
@@ -131,10 +132,9 @@ def test_the_bound_holds_and_is_no_larger_than_it_has_to_be():
         rows_VD = 1.0 + 2.0**-12 + torch.rand(4000, width) * 2.0**-10
         h_BD = 1.0 + 2.0**-12 + torch.rand(3, width) * 2.0**-10
         catalogue = Catalogue(rows_VD)
-        approx_BC, row_BC = catalogue._candidates(
-            (h_BD * (16 / h_BD.norm(dim=1, keepdim=True))).half(), 4000, NO_PAIRS
-        )
-        scale_B1 = 16 / h_BD.double().norm(dim=1, keepdim=True) * catalogue.row_scale
+        question = catalogue._question(h_BD, NOTHING, NOTHING, None)
+        approx_BC, row_BC = catalogue._candidates(question, 4000)
+        scale_B1 = question.scale_B.double().unsqueeze(1)
         exact_BC = (h_BD.double() @ rows_VD.double().T * scale_B1).gather(1, row_BC.clamp(min=0))
         error_BC = (approx_BC - exact_BC).where(row_BC >= 0, 0.0).abs()
         assert error_BC.max() <= catalogue.error
@@ -203,11 +203,11 @@ def test_users_without_a_proof_are_ranked_in_full(exclude_seen):
     expected = model(items_T, offsets_B1, 20, exclude_seen, *pairs)
     scorer = KernelScorer(model, config, CPU, "fp32")
     h_BD = scorer.hidden(items_T, offsets_B1)
-    scale_B1 = 16 / h_BD.norm(dim=1, keepdim=True)
-    approx_BC, _ = scorer.catalogue._candidates((h_BD * scale_B1).half(), 256, NO_PAIRS)
+    question = scorer.catalogue._question(h_BD, NOTHING, NOTHING, None)
+    approx_BC, _ = scorer.catalogue._candidates(question, 256)
     _, best_BK, _ = scorer.catalogue.top(h_BD, 20, NOTHING, NOTHING)
-    gap_B = best_BK[:, -1:] * scale_B1 * scorer.catalogue.row_scale - approx_BC.amin(1, True)
-    scorer.catalogue.error = float(gap_B.flatten().sort().values[2])
+    gap_B = best_BK[:, -1] * question.scale_B - approx_BC.amin(1)
+    scorer.catalogue.error = float(gap_B.sort().values[2])
     rows, scores = scorer.launch(items_T, offsets_B1, 20, exclude_seen, pairs)()
     assert 0 < scorer.rescored < len(LENGTHS)
     assert torch.equal(rows, expected[0])
