@@ -58,7 +58,8 @@ class KernelScorer:
         """The user vectors, fp32 [B, D]: the encoder's output at each last token."""
         items_T, offsets_B1 = self._here(items_T), self._here(offsets_B1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return self.encoder(self.catalogue.look_up(items_T), offsets_B1, offsets_B1[1:] - 1)
+            x_TD, last_B = self.catalogue.look_up(items_T), offsets_B1[1:] - 1
+            return self.encoder(x_TD, offsets_B1, last_B, read_last=True)
 
     @torch.no_grad()
     def launch(
