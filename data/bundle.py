@@ -222,7 +222,10 @@ class Bundle:
         return items_N.to(self.device), sequences_N.to(self.device)
 
     def _answer(self, rows: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        rows, scores = rows.cpu(), scores.cpu()
+        return self.checked(rows.cpu(), scores.cpu())
+
+    def checked(self, rows: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """An answer of this model. Raises InputError for NaN or infinity."""
         if not all_numbers(scores):
             raise InputError(
                 f"bundle {self.folder} answers NaN or infinite scores; export another checkpoint"

@@ -1,10 +1,11 @@
-"""Histories to scores: the units of work, and one unit's table.
+"""Histories to scores: the units of work, their batches, and one unit's table.
 
 Legend: U users of a unit, T packed tokens, B users of a batch, K = k.
 """
 
 import json
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,7 +14,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from data.bundle import Bundle
 from data.cutting import cut_packs
 from data.item_filter import ItemFilter
 from data.reader import Histories, HistoryDataset, concatenated_ranges
@@ -23,6 +23,8 @@ from data.vocabulary import Vocabulary
 
 LEAST_USERS, MOST_USERS, EVEN_UNITS = 512, 8192, 64  # of a unit; units wanted of a small data set
 UPTO = ("all", "train", "validation")
+Answer = tuple[Tensor, Tensor]  # table rows [B, K] int64 and scores [B, K] fp32, on the CPU
+_NO_SCORES = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -66,61 +68,134 @@ def seen_lengths(histories: Histories, upto: str) -> np.ndarray:
     raise ValueError(f"upto is one of {', '.join(UPTO)}, not {upto}")
 
 
-def score_unit(
-    bundle: Bundle,
-    histories: Histories,
-    unit: Unit,
-    upto: str,
-    k: int,
-    exclude_seen: bool,
-    items: ItemFilter,
-    batch_tokens: int,
-    done: Callable[[int], object],
-) -> pa.Table:
-    """The unit's scores in `data.schema.score_schema`; users without a history are left out.
+@dataclass(frozen=True)
+class UnitUsers:
+    """The users of a unit who have a history. facts: what the unit's file says of them."""
 
-    histories: those of the unit's row group. items: which may be recommended. done: called with
-    the number of users of each batch. The counts of the unit stand in the schema's metadata
-    (`data.score_output.unit_counts`).
+    unit: Unit
+    user_ids: pa.Array
+    facts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Histories of some users of a unit, as the model sees them.
+
+    items_T: int32 or int64, as stored; offsets_B1: int64. excluded: pairs (item, user of the
+    batch). last: the unit's last batch, which for a unit without a user has no user either.
     """
+
+    users: UnitUsers
+    items_T: Tensor
+    offsets_B1: Tensor
+    excluded: tuple[Tensor, Tensor] | None
+    last: bool
+
+    def __len__(self) -> int:
+        """Users."""
+        return len(self.offsets_B1) - 1
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """A unit's answers, batch by batch: table rows [B, K] and scores fp32 [B, K]."""
+
+    users: UnitUsers
+    answers: list[Answer]
+
+    def table(self, vocabulary: Vocabulary, k: int) -> pa.Table:
+        """The unit in `data.schema.score_schema`; its counts stand in the schema's metadata
+        (`data.score_output.unit_counts`)."""
+        counts, rows, scores = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [_NO_SCORES]
+        for rows_BK, scores_BK in self.answers:
+            real_BK = rows_BK >= 0  # fewer than k items may remain
+            counts.append(real_BK.sum(1).numpy())
+            if not real_BK.all():
+                rows_BK, scores_BK = rows_BK[real_BK], scores_BK[real_BK]
+            rows.append(rows_BK.flatten().numpy())
+            scores.append(scores_BK.flatten().numpy())
+        counts_U = np.concatenate(counts)
+        table = score_table(
+            vocabulary, self.users.user_ids, counts_U, np.concatenate(rows), np.concatenate(scores)
+        )
+        facts = self.users.facts | {"users_short": int((counts_U < k).sum())}
+        return table.replace_schema_metadata({COUNTS: json.dumps(facts)})
+
+
+def batches(
+    dataset: HistoryDataset, units: Iterable[Unit], upto: str, items: ItemFilter, batch_tokens: int
+) -> Iterator[Batch]:
+    """The histories of all units, in their order; a row group is read when its first unit is due.
+
+    A history of more than `batch_tokens` makes its unit's batches as large as it is.
+    """
+    group, histories = -1, None
+    for unit in units:
+        if histories is None or group != unit.group:
+            histories, group = dataset.read(unit.group), unit.group
+        yield from _unit_batches(histories, unit, upto, items, batch_tokens)
+
+
+def _unit_batches(
+    histories: Histories, unit: Unit, upto: str, items: ItemFilter, batch_tokens: int
+) -> Iterator[Batch]:
     length_U = seen_lengths(histories, upto)[unit.start : unit.stop]
-    start_U = histories.offsets_U1[unit.start : unit.stop]
     with_history = np.flatnonzero(length_U)
-    done(unit.users - len(with_history))
-    lengths, starts = length_U[with_history], start_U[with_history]
-    budget = max(batch_tokens, int(lengths.max(initial=0)))
+    lengths = length_U[with_history]
+    starts = histories.offsets_U1[unit.start : unit.stop][with_history]
     assert histories.user_ids is not None
     user_ids = histories.user_ids.take(pa.array(with_history + unit.start))
-    left_out = None if items.by_user is None else items.by_user.pairs(user_ids)
-    rows_parts, scores_parts, counts_parts = [], [], []
-    for first, stop in pairwise(cut_packs(lengths, budget, budget).tolist()):
-        tokens = concatenated_ranges(starts[first:stop], lengths[first:stop])
-        items_T = torch.from_numpy(histories.items_N[tokens].astype(np.int64))
-        offsets_B1 = torch.from_numpy(np.append(0, np.cumsum(lengths[first:stop])))
-        rows_BK, scores_BK = bundle.score(
-            items_T,
-            offsets_B1,
-            k,
-            exclude_seen,
-            None if left_out is None else _of_users(left_out, first, stop),
-            items.allowed_V,
-        )
-        real_BK = rows_BK >= 0  # fewer than k items may remain
-        rows_parts.append(rows_BK[real_BK].numpy())
-        scores_parts.append(scores_BK[real_BK].numpy())
-        counts_parts.append(real_BK.sum(1).numpy())
-        done(stop - first)
-    counts = np.concatenate([np.zeros(0, np.int64), *counts_parts])
-    rows = np.concatenate([np.zeros(0, np.int64), *rows_parts])
-    scores = np.concatenate([np.zeros(0, np.float32), *scores_parts])
     facts = {
         "users_scored": len(lengths),
         "users_without_history": unit.users - len(lengths),
-        "users_short": int((counts < k).sum()),
         "events": int(lengths.sum()),
     }
-    table = score_table(bundle.vocabulary, user_ids, counts, rows, scores)
-    return table.replace_schema_metadata({COUNTS: json.dumps(facts)})
+    users = UnitUsers(unit, user_ids, facts)
+    left_out = None if items.by_user is None else items.by_user.pairs(user_ids)
+    budget = max(batch_tokens, int(lengths.max(initial=0)))
+    cuts = list(pairwise(cut_packs(lengths, budget, budget).tolist())) or [(0, 0)]
+    for first, stop in cuts:
+        yield Batch(
+            users,
+            torch.from_numpy(_events(histories.items_N, starts[first:stop], lengths[first:stop])),
+            torch.from_numpy(np.append(0, np.cumsum(lengths[first:stop]))),
+            None if left_out is None else _of_users(left_out, first, stop),
+            stop == len(lengths),
+        )
+
+
+def _events(items_N: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The histories' events, a copy that may be written to."""
+    if len(starts) and starts[-1] + lengths[-1] - starts[0] == lengths.sum():
+        return items_N[starts[0] : starts[-1] + lengths[-1]].copy()  # whole histories in a row
+    return items_N[concatenated_ranges(starts, lengths)]
+
+
+def score_batches(
+    work: Iterable[Batch], launch: Callable[[Batch], Callable[[], Answer]], in_flight: int
+) -> Iterator[UnitScores]:
+    """The answers of each unit, in the order of the batches.
+
+    launch: starts a batch that has users; what it returns waits for the answer. in_flight: batches
+    that are started before the first one's answer is waited for.
+    """
+    flying: deque[tuple[Batch, Callable[[], Answer] | None]] = deque()
+    answers: list[Answer] = []
+
+    def settle() -> Iterator[UnitScores]:
+        batch, wait = flying.popleft()
+        if wait is not None:
+            answers.append(wait())
+        if batch.last:
+            yield UnitScores(batch.users, answers.copy())
+            answers.clear()
+
+    for batch in work:
+        flying.append((batch, launch(batch) if len(batch) else None))
+        if len(flying) > in_flight:
+            yield from settle()
+    while flying:
+        yield from settle()
 
 
 def score_table(

@@ -1,7 +1,6 @@
 """How fast is each part, beside its floor and its peers?
 
-    python -m tools.benchmark output=FILE.json
-                              suite=ssd|layer|loss|table|data|step|state|checkpoint|soak|peers|all
+    python -m tools.benchmark suite=SUITE|[SUITE,…]|all output=FILE.json
                               [device=auto|cpu|cuda] [quick=true] [mamba=false]
 
 Prints a table and writes JSON: medians, spread, floors, the card, versions and the command. On a
@@ -22,7 +21,10 @@ from tools.benchmarks.report import device_name, document, write
 from trainer.config import Config
 from trainer.distributed import process_group, quiet_libraries
 
-SUITES = ("ssd", "layer", "loss", "table", "data", "step", "state", "checkpoint", "soak", "peers")
+SUITES = (
+    *("ssd", "layer", "loss", "table", "data", "step", "state", "checkpoint"),
+    *("scoring", "soak", "peers"),
+)
 BUDGET_MS, QUICK_BUDGET_MS = 200.0, 60.0  # of each timing
 
 

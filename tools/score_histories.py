@@ -6,7 +6,8 @@
 The unit is an output file: some users of one row group of histories. Of N processes the r-th
 writes every N-th unit, each under a temporary name that is renamed, so a killed run goes
 on with what is missing. There is no collective: processes meet through files in the output folder
-alone. Memory is one row group and one file, however large the input.
+alone. A thread reads ahead and some write behind: memory is two row groups, a few batches and a few
+files, however large the input.
 
 A user without a history (nothing known, or nothing in the part that `upto` names) is counted and
 left out. All options: configs/score.yaml.
@@ -14,7 +15,9 @@ left out. All options: configs/score.yaml.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,25 @@ from data.bundle import Bundle
 from data.errors import InputError, check_whole
 from data.item_filter import ItemFilter, read_filter
 from data.log_files import LogFiles, find_files
+from data.prefetch import Prefetcher
 from data.reader import HistoryDataset, damaged_files
 from data.schema import HISTORIES, MANIFEST, VOCABULARY, Manifest, sha256_of
-from data.score_output import ScoreFolder, summarise
-from data.scoring import UPTO, Unit, score_unit, units_of
+from data.score_output import ScoreFolder, WriteBehind, summarise
+from data.scoring import UPTO, Answer, Batch, Unit, UnitScores, batches, score_batches, units_of
+from data.vocabulary import Vocabulary
 from tools.stages import print_table
+from trainer.config import check_kernels
+from trainer.parity import compare
 
+TORCHSCRIPT = "torchscript"
+KERNELS = (TORCHSCRIPT, "bf16", "fp32")
 # A batch's temporaries should stay in a CPU's cache, and a GPU wants many tokens at once.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+KERNEL_BATCH_TOKENS = 262_144  # of the trainer's kernels, on a GPU
+IN_FLIGHT = 2  # batches that a GPU has to do beside the one whose answer is waited for
+BATCHES_AHEAD = 2  # that the reading thread holds ready
+WRITERS = {"cpu": 1, "cuda": 4}  # threads
+GATE_TOKENS, GATE_ITEMS = 65_536, 100  # at most, of the comparison before kernels are used
 LOG_OPTIONS = ("max_bad_rows", "row_group_events", "memory_limit", "threads")  # of a raw log alone
 GROUPED = "grouped"  # a raw log's histories, inside the output while it is unfinished
 
@@ -49,6 +63,8 @@ class ScoreConfig:
     upto: str = "all"
     batch_tokens: int | None = None
     device: str = "auto"
+    kernels: str = TORCHSCRIPT
+    min_agreement: float = 0.95
     part_users: int | None = None
     allow_items: str | list[Any] | None = None
     block_items: str | list[Any] | None = None
@@ -69,7 +85,10 @@ class ScoreConfig:
                 check_whole(name, value, minimum)
         if not isinstance(self.exclude_seen, bool):
             raise InputError(f"exclude_seen={self.exclude_seen} must be true or false")
-        for name, choices in (("upto", UPTO), ("device", ("auto", "cpu", "cuda"))):
+        if not isinstance(self.min_agreement, int | float) or not 0 <= self.min_agreement <= 1:
+            raise InputError(f"min_agreement={self.min_agreement} is outside [0, 1]")
+        devices = ("auto", "cpu", "cuda")
+        for name, choices in (("upto", UPTO), ("device", devices), ("kernels", KERNELS)):
             if getattr(self, name) not in choices:
                 raise InputError(
                     f"{name}={getattr(self, name)} is unknown; choose {' | '.join(choices)}"
@@ -164,7 +183,9 @@ def _score(
         log_counts = Manifest.read(dataset_folder).counts
     dataset = HistoryDataset(dataset_folder)
     units = units_of(dataset, config.part_users)
-    _score_units(config, folder, dataset, bundle, items, units, place)
+    launch = launcher(config, dataset, bundle, items, place)
+    ready = time.monotonic()
+    _score_units(config, folder, dataset, bundle, items, units, launch, place)
     if place.rank > 0:
         return None
     for unit in units:
@@ -173,11 +194,86 @@ def _score(
     summary |= {
         "bundle": {"fingerprint": bundle.manifest.fingerprint, **bundle.manifest.checkpoint},
         "seconds": time.monotonic() - started,
+        "seconds_to_start": ready - started,
         "world_size": place.size,
         "device": place.device.type,
+        "kernels": config.kernels,
     }
     folder.finish(summary)
     return summary
+
+
+Launch = Callable[[Batch], Callable[[], Answer]]
+
+
+def launcher(
+    config: ScoreConfig, dataset: HistoryDataset, bundle: Bundle, items: ItemFilter, place: Place
+) -> Launch:
+    """What starts a batch: the bundle's own model, or the trainer's kernels if they agree with it.
+
+    Raises InputError where they do not.
+    """
+
+    def by_bundle(batch: Batch) -> Callable[[], Answer]:
+        answer = bundle.score(
+            batch.items_T.long(),
+            batch.offsets_B1,
+            config.k,
+            config.exclude_seen,
+            batch.excluded,
+            items.allowed_V,
+        )
+        return lambda: answer
+
+    if config.kernels == TORCHSCRIPT:
+        return by_bundle
+    from modules.kernel_scorer import KernelScorer  # scoring with a bundle alone needs none of it
+
+    sizes = bundle.manifest.model
+    if place.device.type == "cuda":
+        check_kernels(sizes["head"], sizes["state"], sizes["conv"])
+    kernels = config.kernels
+    scorer = KernelScorer(bundle.model, sizes, place.device, kernels, items.allowed_V)
+    _gate(config, dataset, bundle, items, scorer, place.rank == 0)
+
+    def by_kernels(batch: Batch) -> Callable[[], Answer]:
+        wait = scorer.launch(
+            batch.items_T, batch.offsets_B1, config.k, config.exclude_seen, batch.excluded
+        )
+        return lambda: bundle.checked(*wait())
+
+    return by_kernels
+
+
+def _gate(
+    config: ScoreConfig,
+    dataset: HistoryDataset,
+    bundle: Bundle,
+    items: ItemFilter,
+    scorer: Any,
+    is_main: bool,
+) -> None:
+    """Compare the kernels' answers to the input's first histories with the bundle's own."""
+    units = units_of(dataset, config.part_users)
+    some = batches(dataset, units, config.upto, ItemFilter(), GATE_TOKENS)
+    batch = next((one for one in some if len(one)), None)
+    if batch is None:
+        return  # nothing to score either
+    items_T, k = batch.items_T.long(), min(config.k, GATE_ITEMS)
+    here = [one.to(bundle.device) for one in (items_T, batch.offsets_B1, items_T[:0])]
+    allowed_V = None if items.allowed_V is None else items.allowed_V.to(bundle.device)
+    h_BD = bundle.model.hidden(here[0], here[1])
+    rows_BK, scores_BK = bundle.model.top(h_BD, k, here[2], here[2], allowed_V)
+    rows_BK, scores_BK = bundle.checked(rows_BK.cpu(), scores_BK.cpu())
+    probe = {"history": items_T, "offsets": batch.offsets_B1, "items": rows_BK, "scores": scores_BK}
+    parity = compare(scorer, probe)
+    if is_main:
+        print(f"kernels={config.kernels} against the bundle's own model, {parity}")
+    if not parity.overlap >= config.min_agreement:  # NaN is not enough either
+        raise InputError(
+            f"kernels={config.kernels} find {parity.overlap:.4f} of the bundle's top {k} items, "
+            f"below min_agreement={config.min_agreement}; use kernels={TORCHSCRIPT}"
+        )
 
 
 def _score_units(
@@ -187,30 +283,34 @@ def _score_units(
     bundle: Bundle,
     items: ItemFilter,
     units: list[Unit],
+    launch: Launch,
     place: Place,
 ) -> None:
     """Write this process's units that are not written yet."""
     mine = units[place.rank :: place.size]
-    with folder.progress(sum(unit.users for unit in mine), place.rank, place.size) as bar:
-        group, histories = -1, None
-        for unit in mine:
-            if (folder.path / unit.name).exists():
-                bar.update(unit.users)
-                continue
-            if histories is None or group != unit.group:
-                histories, group = dataset.read(unit.group), unit.group
-            table = score_unit(
-                bundle,
-                histories,
-                unit,
-                upto=config.upto,
-                k=config.k,
-                exclude_seen=config.exclude_seen,
-                items=items,
-                batch_tokens=config.batch_tokens or BATCH_TOKENS[place.device.type],
-                done=bar.update,
-            )
-            folder.write(unit.name, table)
+    missing = [unit for unit in mine if not (folder.path / unit.name).exists()]
+    tokens = config.batch_tokens or _batch_tokens(config.kernels, place.device.type)
+    in_flight = 0 if config.kernels == TORCHSCRIPT else IN_FLIGHT
+    work = batches(dataset, missing, config.upto, items, tokens)
+    with (
+        folder.progress(sum(unit.users for unit in mine), place.rank, place.size) as bar,
+        WriteBehind(WRITERS[place.device.type]) as writers,
+        Prefetcher(work, BATCHES_AHEAD) as ahead,
+    ):
+        bar.update(sum(unit.users for unit in mine) - sum(unit.users for unit in missing))
+        for scores in score_batches(ahead, launch, in_flight):
+            writers.submit(partial(_write, folder, bundle.vocabulary, config.k, scores))
+            bar.update(scores.users.unit.users)
+
+
+def _batch_tokens(kernels: str, device: str) -> int:
+    if device == "cuda" and kernels != TORCHSCRIPT:
+        return KERNEL_BATCH_TOKENS
+    return BATCH_TOKENS[device]
+
+
+def _write(folder: ScoreFolder, vocabulary: Vocabulary, k: int, scores: UnitScores) -> None:
+    folder.write(scores.users.unit.name, scores.table(vocabulary, k))
 
 
 def _is_dataset(source: str | list[str]) -> bool:
@@ -257,7 +357,10 @@ def _job(config: ScoreConfig, bundle: Bundle, files: LogFiles | None) -> dict[st
     else:
         facts = [(path, os.stat(path)) for path in files.paths]
         source = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in facts]
-    kept = ("k", "exclude_seen", "upto", "part_users", "columns", "csv", "row_group_events")
+    kept = (
+        *("k", "exclude_seen", "upto", "kernels", "part_users", "columns", "csv"),
+        "row_group_events",
+    )
     options = {name: value for name, value in asdict(config).items() if name in kept}
     for name in ("allow_items", "block_items", "block_by_user"):
         value = getattr(config, name)
@@ -292,10 +395,12 @@ def _report(summary: dict[str, Any], output: str) -> None:
     if "events_unknown" in summary:
         rows += [("events of unknown items", f"{summary['events_unknown']:,} (passed over)")]
         rows += [("bad rows", f"{summary['events_bad']:,} (skipped)")]
-    seconds = summary["seconds"]
+    before = summary["seconds_to_start"]
+    seconds = summary["seconds"] - before
     rows += [
         ("scores", f"{output} ({len(summary['parts'])} file(s))"),
         ("seconds", f"{seconds:.1f} ({summary['users_scored'] / seconds:,.0f} users/s)"),
+        ("seconds before the first", f"{before:.1f}"),
     ]
     print_table(rows)
 

@@ -21,16 +21,14 @@ from modules.losses import FullSoftmax, SampledSoftmax
 from modules.recommender import Recommender
 from modules.repeats import first_bytes
 from trainer.checkpoint import RunState
-from trainer.config import Config, DataConfig
+from trainer.config import Config, DataConfig, check_kernels
 from trainer.distributed import World
 from trainer.observe import Observer, flops_per_token
 from trainer.sharding import DTYPES, table_learning_rate, table_optimizer
 from trainer.stop import StopRequest
 
 OBJECTIVES: dict[str, Objective] = {"histories": "causal", "prefixes": "prefix"}
-KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
 REPEAT_BYTES = 1 << 32  # of `modules.repeats.Repeats.first_ZC`
-KERNEL_TAPS = (1, 2, 3, 4)  # of modules.kernels.conv
 
 
 def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
@@ -40,16 +38,7 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
     """
     train, data = config.trainer, config.data
     if world.device.type == "cuda":
-        model = config.model
-        for key, size, sizes in [
-            ("model.head", model.head, KERNEL_SIZES),
-            ("model.state", model.state, KERNEL_SIZES),
-            ("model.conv", model.conv, KERNEL_TAPS),
-        ]:
-            if size not in sizes:
-                raise InputError(
-                    f"{key}={size} has no CUDA kernel; it is one of {', '.join(map(str, sizes))}"
-                )
+        check_kernels(config.model.head, config.model.state, config.model.conv)
     kind: Literal["cpu", "cuda"] = "cuda" if world.device.type == "cuda" else "cpu"
     optimizer = table_optimizer(config.embedding.optimizer, world.device)
     if optimizer == "adam" and config.embedding.dtype == "fp16":

@@ -16,6 +16,10 @@ from data.errors import InputError
 MAX_STALL_SECONDS = 7200
 
 
+KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
+KERNEL_TAPS = (1, 2, 3, 4)  # of modules.kernels.conv
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     kind: Literal["causal", "bidirectional"]
@@ -30,6 +34,19 @@ class ModelConfig:
     beta: float
     restore_order: bool
     repeats: bool
+
+
+def check_kernels(head: int, state: int, conv: int) -> None:
+    """Raises InputError for sizes that no CUDA kernel has."""
+    for key, size, sizes in [
+        ("model.head", head, KERNEL_SIZES),
+        ("model.state", state, KERNEL_SIZES),
+        ("model.conv", conv, KERNEL_TAPS),
+    ]:
+        if size not in sizes:
+            raise InputError(
+                f"{key}={size} has no CUDA kernel; it is one of {', '.join(map(str, sizes))}"
+            )
 
 
 @dataclass(frozen=True)

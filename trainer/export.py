@@ -99,7 +99,7 @@ def export(config: ExportConfig) -> BundleManifest:
         shutil.copyfile(source.data / VOCABULARY, folder / VOCABULARY)
         model = load_model(folder / MODEL, parts, torch.device("cpu"))
         parity = compare(model, _probe(source.folder))
-        _report(parity)
+        print(f"parity over {parity}")
         if config.rows != "fp32":
             _report_loss(source, encoder, model, config)
         _judge(parity, config)
@@ -213,13 +213,6 @@ def _probe(folder: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} cannot be read ({reason(error)}); use another checkpoint"
         ) from error
-
-
-def _report(parity: Parity) -> None:
-    print(
-        f"parity over {parity.users} users: top-{parity.items} overlap {parity.overlap:.4f}, "
-        f"same best item {parity.top1:.4f}, largest score error {parity.score_error:.2e}"
-    )
 
 
 def _report_loss(source: Source, encoder: Encoder, model: Any, config: ExportConfig) -> None:

@@ -36,6 +36,12 @@ class Parity:
     top1: float
     score_error: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.users} users: top-{self.items} overlap {self.overlap:.4f}, same best item "
+            f"{self.top1:.4f}, largest score error {self.score_error:.2e}"
+        )
+
 
 @torch.no_grad()
 def compare(model: Any, probe: dict[str, Tensor]) -> Parity:

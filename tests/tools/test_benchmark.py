@@ -61,7 +61,7 @@ def test_crossings_are_interpolated() -> None:
 
 
 def small_model(kind: Literal["causal", "bidirectional"]) -> ModelConfig:
-    return ModelConfig(kind, 16, 2, 4, 8, 2, 4, 0.0, True, 0.1, False)
+    return ModelConfig(kind, 16, 2, 4, 8, 2, 4, 0.0, True, 0.1, False, False)
 
 
 def test_published_composition_is_our_encoder() -> None:
@@ -156,7 +156,7 @@ def test_output_needs_a_folder(
 def test_command_line(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     arguments = [
-        "suite=[ssd,loss,state,checkpoint]",
+        "suite=[ssd,loss,state,checkpoint,scoring]",
         f"output={output}",
         "device=cpu",
         "quick=true",
@@ -176,21 +176,24 @@ def test_command_line(tmp_path: Path) -> None:
     assert not found["failures"]
     assert found["quick"] is True
     assert found["command"].startswith(
-        "python -m tools.benchmark suite=[ssd,loss,state,checkpoint]"
+        "python -m tools.benchmark suite=[ssd,loss,state,checkpoint,scoring]"
     )
     assert "hydra" not in found["command"]
     assert found["versions"]["torch"]
-    assert {row["suite"] for row in found["rows"]} == {"ssd", "loss", "state", "checkpoint"}
+    assert {row["suite"] for row in found["rows"]} == {
+        *("ssd", "loss", "state", "checkpoint", "scoring")
+    }
     assert {row["by"] for row in found["rows"]} >= {"ours", "plain logits"}
     for row in found["rows"]:
         assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
-        if row["suite"] == "state":
+        if row["suite"] == "state" or row["name"].endswith("one core"):
             assert row["floor_ms"] is None
             continue
         assert row["times_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"])
         if row["suite"] != "checkpoint":
             assert row["per_second"] == pytest.approx(1e3 * row["work"] / row["median_ms"])
     assert [one for one in found["skipped"] if "liger" in one["text"]]
+    assert [one for one in found["findings"] if "top-100 overlap" in one["text"]]
 
 
 def test_a_failing_case_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None:

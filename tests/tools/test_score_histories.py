@@ -19,18 +19,20 @@ import torch
 import tools.score_histories as tool
 from data.bundle import Bundle, BundleManifest, sealed
 from data.errors import InputError
-from data.item_filter import read_filter
+from data.item_filter import ItemFilter, read_filter
 from data.log_query import LogRules
 from data.reader import HistoryDataset
 from data.schema import RESERVED_ROWS, Manifest
 from data.score_output import ScoreFolder
 from data.scoring import units_of
 from data.vocabulary import Vocabulary
+from modules.kernel_scorer import KernelScorer
 from tests.data.datasets import write_dataset
 from tests.trained_run import ITEMS, ROOT, USERS, Trained, run_command, trained
 from tools.score_histories import ScoreConfig, score
 
 CPU = torch.device("cpu")
+hidden = KernelScorer.hidden
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,40 @@ def test_a_data_set_scores_as_one_user_at_a_time(made, tmp_path, upto, exclude_s
     assert summary["users_without_history"] == USERS - len(expected)
     assert summary["events"] == sum(map(len, histories.values()))
     assert (upto == "train") == (len(expected) < USERS)
+
+
+@pytest.mark.parametrize(("kernels", "exclude_seen"), [("fp32", True), ("fp32", False)])
+def test_the_trainers_encoder_scores_as_the_bundle(made, tmp_path, capsys, kernels, exclude_seen):
+    """With lists of items, batches of a few users and units that end inside a row group."""
+    users = write_ids(tmp_path / "u.parquet", user_id=["u3", "u40"], item_ids=[["i9"], ["i8"]])
+    options = {"exclude_seen": exclude_seen, "batch_tokens": 64, "part_users": 13, "upto": "train"}
+    options |= {"block_items": ["i30", "i12"], "block_by_user": users}
+    score(config(made, tmp_path / "bundle", **options))
+    capsys.readouterr()
+    summary = score(config(made, tmp_path / "s", **options, kernels=kernels))
+    assert_same(scores_of(tmp_path / "s"), scores_of(tmp_path / "bundle"))
+    assert summary["kernels"] == kernels
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"kernels={kernels} against the bundle's own model, ")
+    assert "top-10 overlap 1.0000" in line
+
+
+def test_kernels_that_disagree_with_the_bundle_are_refused(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(KernelScorer, "hidden", lambda self, *of: -hidden(self, *of))
+    with pytest.raises(
+        InputError, match=r"kernels=bf16 find 0\.\d+ of the bundle's top 5 items, be"
+    ):
+        score(config(made, tmp_path / "s", kernels="bf16", k=5))
+    assert not (tmp_path / "s").exists()
+    score(config(made, tmp_path / "s", kernels="bf16", k=5, min_agreement=0))
+
+
+def test_a_bundle_whose_sizes_no_kernel_has_is_refused(made, tmp_path):
+    """The tiny model's: state 4 and head 8."""
+    place = tool.Place(0, 1, torch.device("cuda", 0))
+    dataset, bundle = HistoryDataset(made.data), opened(made.bundle)
+    with pytest.raises(InputError, match=r"model\.head=8 has no CUDA kernel; it is one of 16, 32"):
+        tool.launcher(config(made, tmp_path, kernels="bf16"), dataset, bundle, ItemFilter(), place)
 
 
 def write_ids(path: Path, **columns) -> str:
@@ -193,19 +229,21 @@ def test_a_killed_run_goes_on_with_what_is_missing(made, tmp_path, monkeypatch):
     calls = []
 
     def dies(*arguments, **options):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(arguments)
-        return real(*arguments, **options)
+        for scores in real(*arguments, **options):
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            calls.append(scores)
+            yield scores
 
-    real = tool.score_unit
-    monkeypatch.setattr(tool, "score_unit", dies)
+    real = tool.score_batches
+    monkeypatch.setattr(tool, "score_batches", dies)
     with pytest.raises(KeyboardInterrupt):
         score(config(made, output, part_users=11))
     assert not (output / "_summary.json").exists()
-    with pytest.raises(InputError, match="input or options; remove that folder to start over"):
-        score(config(made, output, part_users=11, k=9))
-    monkeypatch.setattr(tool, "score_unit", real)
+    for other in ({"k": 9}, {"kernels": "fp32"}):
+        with pytest.raises(InputError, match="input or options; remove that folder to start over"):
+            score(config(made, output, part_users=11, **other))
+    monkeypatch.setattr(tool, "score_batches", real)
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("part-*")}
     score(config(made, output, part_users=11))
     assert len(before) == 3
@@ -320,6 +358,8 @@ def test_refusals(made, tmp_path):
     refused(f"k={ITEMS + 1} is more than the bundle's {ITEMS} items; lower it", k=ITEMS + 1)
     refused("upto=test is unknown", upto="test")
     refused("exclude_seen=maybe", exclude_seen="maybe")
+    refused("kernels=int8 is unknown; choose torchscript | bf16 | fp32", kernels="int8")
+    refused(r"min_agreement=2 is outside \[0, 1\]", kernels="fp32", min_agreement=2)
     refused("does not exist; make one with trainer.export", bundle=str(tmp_path / "none"))
     refused("is no bundle", bundle=str(made.data))
     refused("no file matches input", input=str(tmp_path / "none-*.parquet"))
@@ -437,6 +477,25 @@ def test_a_bundle_that_answers_nan_is_named(made, tmp_path):
     with pytest.raises(InputError, match=r"bundle .*/bundle answers NaN or infinite scores"):
         score(config(made, tmp_path / "s", bundle=str(bundle)))
     assert not (tmp_path / "s").exists()
+
+
+def test_a_file_that_cannot_be_written_ends_the_run(made, tmp_path, monkeypatch):
+    """What was written before stays, and the same command goes on with it."""
+
+    def full(folder, name, table):
+        if name == "part-00001-00000.parquet":
+            raise OSError(28, "No space left on device")
+        return write(folder, name, table)
+
+    write = ScoreFolder.write
+    monkeypatch.setattr(ScoreFolder, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        score(config(made, tmp_path / "s", part_users=11))
+    assert not (tmp_path / "s" / "_summary.json").exists()
+    assert (tmp_path / "s" / "part-00000-00000.parquet").exists()
+    monkeypatch.setattr(ScoreFolder, "write", write)
+    score(config(made, tmp_path / "s", part_users=11))
+    assert len(scores_of(tmp_path / "s")) == USERS
 
 
 def test_an_existing_output_is_kept(made, tmp_path):

@@ -4,6 +4,8 @@ Legend: T tokens, B sequences, U users, V table rows.
 """
 
 import hashlib
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +66,19 @@ def offsets_of(lengths: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(device)
 
 
-def write_data_set(folder: Path, users: int, items: int, seed: int, counted: bool = True) -> Path:
+def write_data_set(
+    folder: Path,
+    users: int,
+    items: int,
+    seed: int,
+    counted: bool = True,
+    group_users: int | None = None,
+) -> Path:
     """A converted data set with ML-1M-like lengths and Zipf items, as tools.convert_logs leaves it;
     all but the last two events of a user train. Returns the folder.
 
     counted=False leaves the vocabulary without rows: a hundred million take longer to write than
-    what reads the histories alone.
+    what reads the histories alone. group_users: of a row group; None for one group.
     """
     random = np.random.default_rng(seed)
     lengths = ml1m_lengths(users, random)
@@ -89,7 +98,7 @@ def write_data_set(folder: Path, users: int, items: int, seed: int, counted: boo
         schema=history_schema(pa.int64(), pa.int32(), pa.int64(), {}),
     )
     histories = folder / HISTORIES / "part-00000.parquet"
-    pq.write_table(table, histories)
+    pq.write_table(table, histories, row_group_size=group_users)
     rows, counts = np.arange(0), np.arange(0)
     if counted:
         last_U = offsets[1:] - 1
@@ -115,6 +124,19 @@ def write_data_set(folder: Path, users: int, items: int, seed: int, counted: boo
         vocabulary=_describe(folder, folder / VOCABULARY, len(rows)),
         histories=[_describe(folder, histories, users)],
     ).write(folder)
+    return folder
+
+
+def write_first_groups(source: Path, folder: Path, groups: int) -> Path:
+    """A data set of the first row groups of the first file of another. Returns the folder."""
+    manifest = Manifest.read(source)
+    (folder / HISTORIES).mkdir(parents=True)
+    shutil.copyfile(source / VOCABULARY, folder / VOCABULARY)
+    with pq.ParquetFile(source / manifest.histories[0].path) as file:
+        table = file.read_row_groups(range(groups))
+    histories = folder / HISTORIES / "part-00000.parquet"
+    pq.write_table(table, histories, row_group_size=-(-len(table) // groups))
+    replace(manifest, histories=[_describe(folder, histories, len(table))]).write(folder)
     return folder
 
 
