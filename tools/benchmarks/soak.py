@@ -24,7 +24,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 def run(bench: Bench) -> None:
     tokens = bench.size(16_384, 4_096, 2_560)
-    windows, each = bench.size(20, 3, 3), bench.size(1_000, 3, 1)
+    windows, each = bench.size(12, 3, 3), bench.size(1_000, 3, 1)
     with tempfile.TemporaryDirectory(prefix="ssd4rec-benchmark-") as folder, ExitStack() as stack:
         path = write_data_set(Path(folder) / "data", ML1M_USERS, ML1M_ITEMS, seed=1)
         stepper, steps = assemble(bench, step_config(bench.config, path, tokens), stack)
