@@ -73,10 +73,9 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
     needed = repeat_bytes(resolved, dataset.table_rows, world)
     if needed > REPEAT_BYTES:
         raise InputError(
-            f"model.repeats=true needs {needed:,} bytes on each rank with the full softmax over "
-            f"{dataset.table_rows:,} rows and {sequences} sequences a batch, above "
-            f"{REPEAT_BYTES:,}; use loss=sampled, lower data.max_sequences, or set "
-            "model.repeats=false"
+            f"model.repeats=true needs {needed:,} bytes on each rank to tell the repeats among a "
+            f"batch's candidates, above {REPEAT_BYTES:,}; use loss=sampled without loss.in_batch, "
+            "lower data.max_sequences or data.batch_tokens, or set model.repeats=false"
         )
     return resolved
 
@@ -155,8 +154,10 @@ def repeat_bytes(config: Config, table_rows: int, world: World) -> int:
         return 0
     sequences = (config.data.max_sequences or 1) + 1
     if config.loss.kind == "full":
-        sequences *= world.size
-    return first_bytes(sequences, candidate_count(config, table_rows, world))
+        candidates = candidate_count(config, table_rows, world)
+        return first_bytes(sequences * world.size, candidates)
+    # Twice: by distinct item, and by candidate.
+    return 2 * first_bytes(sequences, scored_candidates(config, table_rows))
 
 
 def reads(config: Config) -> int:

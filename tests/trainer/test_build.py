@@ -48,6 +48,21 @@ def test_batch_and_table_rate_follow_from_data_and_optimizer(tmp_path, one_rank)
         build.resolve(plain, one_rank, dataset)
 
 
+def test_repeats_among_too_many_rows_are_refused(tmp_path, one_rank, monkeypatch):
+    folder = write_dataset(tmp_path / "short", random_histories(users=30, longest=20, items=9))
+    dataset = HistoryDataset(folder)
+    config = composed(f"data.path={folder}", "data.max_sequences=7")
+    assert build.repeat_bytes(config, dataset.table_rows, one_rank) == 8 * 128 * 4
+    sampled = replace(config, loss=replace(config.loss, kind="sampled", negatives=200))
+    assert build.repeat_bytes(sampled, dataset.table_rows, one_rank) == 2 * 8 * 256 * 4
+    plain = replace(config, model=replace(config.model, repeats=False))
+    assert build.repeat_bytes(plain, dataset.table_rows, one_rank) == 0
+    monkeypatch.setattr(build, "REPEAT_BYTES", 4_095)
+    with pytest.raises(InputError, match=r"repeats=true needs 4,096 bytes .*; use loss=sampled"):
+        build.resolve(config, one_rank, dataset)
+    build.resolve(plain, one_rank, dataset)
+
+
 @pytest.mark.parametrize(
     ("epoch_tokens", "longest", "expected"),
     [

@@ -43,6 +43,7 @@ def test_small_numbers_in_yaml_are_numbers():
         ("data.batch_tokens=1", "data.batch_tokens=1 is below its least value 2"),
         ("data.batch_tokens=0", "data.batch_tokens=0 is below its least value 2"),
         ("loss.kind=sampled", "loss.negatives=0 with loss.kind=sampled; draw at least 1, or 0"),
+        ("loss.smoothing=1", r"loss.smoothing=1.0 is outside \[0, 1\)"),
         ("trainer.learning_rate=0", "trainer.learning_rate=0.0 must be above 0"),
         ("trainer.monitor=test.filtered.hr@10", "is no validation figure"),
         ("trainer.monitor=validation.filtered.hr@5", "ends in hr@5; it is one of hr@10"),
@@ -58,6 +59,13 @@ def test_small_numbers_in_yaml_are_numbers():
 def test_what_cannot_be_is_refused(override, message):
     with pytest.raises(InputError, match=message):
         composed(override)
+
+
+def test_smoothing_is_the_full_softmax_s():
+    with pytest.raises(
+        InputError, match=r"smoothing=0.1 is for the full softmax; loss=sampled has 0"
+    ):
+        composed("loss=sampled", "loss.smoothing=0.1")
 
 
 def test_broken_combinations():
