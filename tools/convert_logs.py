@@ -5,12 +5,13 @@
 Load, de-duplicate, k-core, vocabulary, users to shards, one flat sort by user and time, and a cut
 of the sorted stream at user changes. Nothing is held in memory beyond `memory_limit` and one row
 group, and equal input gives equal bytes whatever the threads. `vocabulary=` numbers items as an
-older data set does, `append=` puts the log behind that data set's. All options:
-configs/convert.yaml.
+older data set does, `append=` puts the log behind that data set's, `engine=spark` does the work on
+events in Spark. All options: configs/convert.yaml.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from data.schema import (
     DataFile,
     Manifest,
 )
+from data.spark_events import open_spark
 from data.split import Split, temporal_split
 from tools.convert_config import ConvertConfig
 from tools.stages import print_table, stage
@@ -85,8 +87,7 @@ def convert(config: ConvertConfig) -> Conversion:
     with new_folder(config.output, OURS, config.overwrite) as folder:
         engine_folder = folder / ENGINE
         engine_folder.mkdir()
-        with open_engine(engine_folder, config.memory_limit, config.threads) as connection:
-            events = LocalEvents(connection)
+        with _open_events(config, engine_folder) as events:
             selection = _select(config, events, files, known, earlier)
             written = _write(config, folder, events, selection)
         for left in sorted(engine_folder.rglob("*"), reverse=True):
@@ -96,6 +97,16 @@ def convert(config: ConvertConfig) -> Conversion:
         manifest.write(folder)
     users = manifest.counts["users"]
     return Conversion(manifest, selection.events / users, selection.median)
+
+
+@contextmanager
+def _open_events(config: ConvertConfig, folder: Path) -> Iterator[Events]:
+    with open_engine(folder, config.memory_limit, config.threads) as connection:
+        if config.engine == "duckdb":
+            yield LocalEvents(connection)
+            return
+        with open_spark(connection, folder, config.spark_master, config.spark_conf) as events:
+            yield events
 
 
 def _select(

@@ -239,6 +239,10 @@ def test_another_log_is_grouped_with_the_vocabulary(tmp_path: Path) -> None:
         ({"time": "item_id"}, "columns.item and columns.time are both item_id"),
         ({"features": ("price", "price")}, "columns.features names 'price' twice; name it once"),
         ({"overwrite": "yes"}, "overwrite=yes must be true or false"),
+        ({"engine": "flink"}, r"engine=flink is unknown; choose duckdb \| spark"),
+        ({"spark_master": "yarn"}, "spark.master and spark.conf are for engine=spark, not duckdb"),
+        ({"spark_conf": {"a": "b"}}, "spark.master and spark.conf are for engine=spark"),
+        ({"engine": "spark", "append": Path("a")}, "append=a is for engine=duckdb; .*vocabulary=a"),
     ],
 )
 def test_option_errors(log: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -251,6 +255,16 @@ def test_features_are_a_list() -> None:
     options = plain_config("convert", ["input=L", "output=D", "columns.features=price"])
     with pytest.raises(InputError, match=r"features=price is no list; write \[price\]"):
         ConvertConfig.from_dict(options)
+
+
+def test_options_of_spark_are_its_own_names() -> None:
+    """Dots of the command line nest, and Spark's true is lower case."""
+    given = ["spark.conf.spark.ui.enabled=true", "spark.conf={spark.executor.memory: 8g}"]
+    given += ["input=L", "output=D", "engine=spark", "spark.conf.spark.cores.max=4"]
+    config = ConvertConfig.from_dict(plain_config("convert", given))
+    expected = {"spark.ui.enabled": "true", "spark.executor.memory": "8g", "spark.cores.max": "4"}
+    assert config.spark_conf == expected
+    assert config.spark_master is None
 
 
 @pytest.mark.parametrize(
