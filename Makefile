@@ -8,7 +8,7 @@ TORCHREC := torchrec==1.8.0
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: install install-cuda demo test lint test-gpu clean
+.PHONY: install install-cuda demo test lint test-gpu test-spark clean
 .DELETE_ON_ERROR:
 
 install: .venv/.installed
@@ -61,6 +61,11 @@ lint: .venv/.installed-test
 # On a machine with a GPU, after `make install-cuda`.
 test-gpu: .venv/.installed-test
 	$(BIN)/python -m pytest -m gpu
+
+# Where there is Java 17: engine=spark of tools.convert_logs beside engine=duckdb.
+test-spark: .venv/.installed-test
+	$(BIN)/pip install --quiet --editable '.[spark]'
+	$(BIN)/python -m pytest tests/tools/test_convert_spark.py
 
 clean:
 	rm -rf .venv runs

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from data.engine import one_row, quoted, quoted_path
 from data.errors import InputError
-from data.log_query import LogRules
-from data.logs import EARLIER_EVENTS, LOG_EVENTS
+from data.events import LOG_EVENTS
+from data.log_query import LogRules, payload
+from data.logs import EARLIER_EVENTS
 from data.numbering import KNOWN_ITEMS
 from data.schema import DataFile, Manifest, damage
 
@@ -93,9 +94,8 @@ class EarlierData:
     def _load_events(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Create EARLIER_EVENTS from the histories and the residual."""
         names = self.manifest.features
-        features = "".join(f", f{place}" for place in range(len(names)))
         query = (
-            f"SELECT {_SEQ.format(_LAST)} AS seq, user_id, item_id, time{features} "
+            f"SELECT {_SEQ.format(_LAST)} AS seq, user_id, item_id, time{payload(names)} "
             f"FROM kept_rows JOIN {KNOWN_ITEMS} USING (item)"
         )
         if self.manifest.residual:

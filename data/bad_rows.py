@@ -9,7 +9,8 @@ from pathlib import Path
 
 import duckdb
 
-from data.engine import first_line, one_row, quoted_path, scalar
+from data.engine import first_line, one_row, quoted_text, scalar
+from data.events import Events, Loaded
 from data.log_files import LogFiles
 from data.log_query import BAD_REASONS, FILTERED, LogQuery, LogRules
 from data.schema import BAD_ROWS
@@ -28,9 +29,7 @@ def count_bad_rows(
     return bad
 
 
-def collect_bad_rows(
-    connection: duckdb.DuckDBPyConnection, files: LogFiles, query: LogQuery, bad: dict[str, int]
-) -> None:
+def collect_bad_rows(events: Events, files: LogFiles, loaded: Loaded, bad: dict[str, int]) -> None:
     """Create the table `bad_rows(reason, file, line, user, item, time, text)` in input order.
 
     file is relative to the folder that holds all files; user, item and time are text as they stand
@@ -38,6 +37,7 @@ def collect_bad_rows(
     """
     above = os.path.commonpath([os.path.dirname(path) for path in files.paths])
     start = len(os.path.join(above, "")) + 1
+    connection = events.connection
     connection.execute(
         'CREATE TABLE bad_rows (reason VARCHAR, file VARCHAR, line BIGINT, "user" VARCHAR, '
         'item VARCHAR, "time" VARCHAR, text VARCHAR)'
@@ -53,7 +53,7 @@ def collect_bad_rows(
         connection.execute(
             f"""INSERT INTO bad_rows SELECT CASE mark {names} END, substr(file, {start}), NULL,
                 "user", item, "time", NULL
-            FROM ({query.raw}) WHERE mark > {FILTERED}"""
+            FROM ({events.raw(loaded)}) WHERE mark > {FILTERED}"""
         )
     if _MALFORMED in bad:
         connection.execute(
@@ -91,5 +91,5 @@ def example(
 
 def write_bad_rows(folder: Path, connection: duckdb.DuckDBPyConnection) -> None:
     """Write `bad_rows.parquet` from the table `bad_rows`."""
-    path = quoted_path(str(folder / BAD_ROWS))
+    path = quoted_text(str(folder / BAD_ROWS))
     connection.execute(f"COPY (FROM bad_rows) TO {path} (FORMAT parquet, COMPRESSION zstd)")

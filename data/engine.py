@@ -77,4 +77,9 @@ def quoted(name: str) -> str:
 
 def quoted_path(path: str) -> str:
     """A file's path for a table function of SQL, which would read it as a glob."""
-    return "'" + glob.escape(path).replace("'", "''") + "'"
+    return quoted_text(glob.escape(path))
+
+
+def quoted_text(text: str) -> str:
+    """A string for SQL, as the path of a file to be written."""
+    return "'" + text.replace("'", "''") + "'"

@@ -7,7 +7,6 @@ aggregate in the engine is ten times slower than the sort.)
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -15,18 +14,19 @@ import pyarrow as pa
 
 from data.engine import quoted_path
 from data.errors import InputError
+from data.events import READ_ROWS, Events, Rows
 from data.k_core import USER_COUNTS
+from data.log_query import payload
 from data.schema import VOCABULARY
 from data.split import Split
 
-READ_ROWS = 1 << 17  # rows that pass from the engine at a time
 MOST_EVENTS = 2**31 - 1  # of a table: its lists have 32-bit offsets
 # Users of a shard are spread by this odd multiplier (2^32 over the golden ratio): any stretch of
 # a shard, so any row group, then holds the same mix of long and short histories.
 SPREAD = 2_654_435_769
 
 
-def use_vocabulary(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+def use_vocabulary(events: Events, folder: Path) -> None:
     """Create the view `vocabulary` from a data set's or a bundle's file, to group another log.
 
     Raises InputError when its item ids are of another kind than those of `events`.
@@ -35,10 +35,11 @@ def use_vocabulary(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     if not path.exists():
         raise InputError(f"{path} does not exist; make a data set with tools.convert_logs")
     source = f"read_parquet({quoted_path(str(path))})"
+    connection = events.connection
     connection.execute(f"CREATE VIEW vocabulary AS SELECT item_id, item FROM {source}")
     (known,) = connection.sql("SELECT item_id FROM vocabulary").types
-    (met,) = connection.sql("SELECT item_id FROM events").types
-    if known != met:
+    met = events.kind("item_id")
+    if str(known) != met:
         raise InputError(f"item ids are {met} in the log but {known} in {path}; cast them")
 
 
@@ -62,20 +63,21 @@ def group_users(connection: duckdb.DuckDBPyConnection, shards: int, split: Split
 
 
 def stream_users(
-    connection: duckdb.DuckDBPyConnection, features: tuple[str, ...], group_events: int
+    events: Events, features: tuple[str, ...], group_events: int
 ) -> Iterator[tuple[int, pa.Table]]:
     """Yield (shard, histories) in the order of `users`; `features` names f0, f1, ….
 
     A table holds whole users of one shard, at most `group_events` events or one longer user, with
     the columns of `data.schema.history_schema`. Raises InputError for one above MOST_EVENTS.
     """
-    payload = "".join(f", f{place}" for place in range(len(features)))
-    events = _Rows(
-        connection.sql(
-            f"""SELECT item, time{payload} FROM events JOIN vocabulary USING (item_id)
-            JOIN (SELECT user_id, rowid AS place FROM users) USING (user_id)
-            ORDER BY place, time, seq"""
-        ).to_arrow_reader(READ_ROWS)
+    connection = events.connection
+    connection.execute("CREATE VIEW places AS SELECT user_id, rowid AS place FROM users")
+    for name in ("vocabulary", "places"):
+        events.lend(name)
+    rows = events.rows(
+        f"""SELECT item, time{payload(features)} FROM events
+        JOIN vocabulary USING (item_id) JOIN places USING (user_id)
+        ORDER BY place, time, seq"""
     )
     users = connection.cursor().sql("FROM users ORDER BY rowid").to_arrow_reader(READ_ROWS)
     waiting: pa.Table = users.schema.empty_table()
@@ -89,7 +91,7 @@ def stream_users(
                 waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
             continue
         group, waiting = waiting.slice(0, end), waiting.slice(end)
-        yield group["shard"][0].as_py(), _histories(group, events, features)
+        yield group["shard"][0].as_py(), _histories(group, rows, features)
 
 
 def _group_end(users: pa.Table, group_events: int) -> int:
@@ -103,7 +105,7 @@ def _group_end(users: pa.Table, group_events: int) -> int:
     return min(same_shard, within)
 
 
-def _histories(users: pa.Table, events: "_Rows", features: tuple[str, ...]) -> pa.Table:
+def _histories(users: pa.Table, rows: Rows, features: tuple[str, ...]) -> pa.Table:
     length_U = users["events"].to_numpy()
     total = int(length_U.sum())
     if total > MOST_EVENTS:
@@ -113,7 +115,7 @@ def _histories(users: pa.Table, events: "_Rows", features: tuple[str, ...]) -> p
             "with where"
         )
     offsets_U1 = pa.array(np.concatenate([[0], np.cumsum(length_U)]), pa.int32())
-    flat = events.take(total)
+    flat = rows.take(total)
     lists = [pa.ListArray.from_arrays(offsets_U1, column) for column in flat.columns]
     columns = {
         "user_id": users["user_id"],
@@ -123,24 +125,3 @@ def _histories(users: pa.Table, events: "_Rows", features: tuple[str, ...]) -> p
         "n_validation": users["n_validation"],
     }
     return pa.table(columns | dict(zip(features, lists[2:], strict=True)))
-
-
-class _Rows:
-    """A stream of record batches, read by row counts."""
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-        self.batch = pa.RecordBatch.from_arrays(
-            [pa.array([], kind) for kind in reader.schema.types], schema=reader.schema
-        )
-
-    def take(self, rows: int) -> pa.RecordBatch:
-        """The next `rows` rows as one batch."""
-        parts = []
-        while rows > self.batch.num_rows:
-            parts.append(self.batch)
-            rows -= self.batch.num_rows
-            self.batch = next(self.reader)
-        parts.append(self.batch.slice(0, rows))
-        self.batch = self.batch.slice(rows)
-        return pa.concat_batches([part for part in parts if part.num_rows] or parts[:1])

@@ -28,6 +28,11 @@ class LogFiles:
     partitions: tuple[str, ...] = ()  # the same for every file
     outer: tuple[str, ...] = ()  # KEY of KEY=VALUE folders above: to the engine partitions as well
 
+    @property
+    def name(self) -> str:
+        """What a sentence calls them."""
+        return self.paths[0] if len(self.paths) == 1 else f"{len(self.paths)} files"
+
 
 def find_files(inputs: str | Iterable[str]) -> LogFiles:
     """Find the files of `inputs`: a file, a folder (read recursively), a glob, or several of them.

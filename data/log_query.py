@@ -1,6 +1,7 @@
 """The SQL that reads a raw log: its columns by the user's names, typed, with bad rows marked."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,9 +24,19 @@ BAD_REASONS = {  # a row's mark when it cannot be used
     6: "unreadable_time",
 }
 NULL_TYPE = '"NULL"'  # of a Parquet column without any value
-_FILE = "__file"  # the source's column of the file that a row is in
+FILE_COLUMN = "__file"  # the source's column of the file that a row is in
 _INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _INTEGERS |= {"U" + name for name in _INTEGERS}
+
+
+def event_columns(features: Sequence[str]) -> str:
+    """The columns of a table of events: seq, user_id, item_id, time, f0, f1, …"""
+    return "seq, user_id, item_id, time" + payload(features)
+
+
+def payload(features: Sequence[str]) -> str:
+    """The columns of the features, each behind a comma: `, f0, f1, …`"""
+    return "".join(f", f{place}" for place in range(len(features)))
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ def log_query(connection: duckdb.DuckDBPyConnection, files: LogFiles, rules: Log
     is no condition; DuckDB's own errors are those of damaged files.
     """
     names = f"[{', '.join(quoted_path(path) for path in files.paths)}]"
-    hive = f"hive_partitioning={str(bool(files.partitions)).lower()}, filename='{_FILE}'"
+    hive = f"hive_partitioning={str(bool(files.partitions)).lower()}, filename='{FILE_COLUMN}'"
     columns = "*"
     if files.partitions:
         _check_partitions(connection, files, names, rules)
@@ -101,7 +112,7 @@ def log_query(connection: duckdb.DuckDBPyConnection, files: LogFiles, rules: Log
     if files.kind == "parquet":
         source = f"SELECT {columns} FROM read_parquet({names}, union_by_name=true, {hive})"
         types = _types(connection, source, rules)
-        query, raw = _select(source, types, rules, False)
+        query, raw = select_rows(source, types, rules, False)
         total = f"SELECT sum(num_rows)::BIGINT FROM parquet_file_metadata({names})"
     else:
         options = f"{_csv_options(files, rules)}, {hive}"
@@ -109,7 +120,7 @@ def log_query(connection: duckdb.DuckDBPyConnection, files: LogFiles, rules: Log
         types = _types(connection, detected, rules) | rules.csv_types
         text = f"FROM read_csv({names}, {options}, all_varchar=true, store_rejects=true)"
         source = _from_text(text, types, rules)
-        query, raw = _select(source, types, rules, True)
+        query, raw = select_rows(source, types, rules, True)
         total = None
     _check_where(connection, source, rules)
     return LogQuery(query, total, raw, types)
@@ -153,7 +164,7 @@ def _delimiter(files: LogFiles, rules: LogRules) -> str:
 def _types(connection: duckdb.DuckDBPyConnection, source: str, rules: LogRules) -> dict[str, str]:
     """The types of the log's columns, once all that the rules name are there."""
     rows = connection.execute(f"DESCRIBE {source}").fetchall()
-    types = {str(row[0]): str(row[1]) for row in rows if row[0] != _FILE}
+    types = {str(row[0]): str(row[1]) for row in rows if row[0] != FILE_COLUMN}
     wanted = [("columns.user", rules.user), ("columns.item", rules.item)]
     wanted += [("columns.time", rules.time)]
     wanted += [("columns.features", name) for name in rules.features]
@@ -176,11 +187,14 @@ def _from_text(text: str, types: dict[str, str], rules: LogRules) -> str:
     casts = ", ".join(f"TRY_CAST({quoted(c)} AS {types[c]}) AS {quoted(c)}" for c in types)
     roles = (("user", rules.user), ("item", rules.item), ("time", rules.time))
     kept = ", ".join(f"{quoted(column)} AS __text_{role}" for role, column in roles)
-    return f"SELECT {casts}, {kept}, {_FILE} {text}"
+    return f"SELECT {casts}, {kept}, {FILE_COLUMN} {text}"
 
 
-def _select(source: str, types: dict[str, str], rules: LogRules, text: bool) -> tuple[str, str]:
-    """The queries `events` and `raw` of LogQuery."""
+def select_rows(source: str, types: dict[str, str], rules: LogRules, text: bool) -> tuple[str, str]:
+    """The queries `events` and `raw` of LogQuery over `source`, which has FILE_COLUMN as well.
+
+    types: of the source's columns. text: whether it is CSV.
+    """
     columns = [quoted(rules.user), quoted(rules.item), quoted(rules.time)]
     raw = ["__text_user", "__text_item", "__text_time"] if text else columns
     user = _id_value("columns.user", rules.user, types)
@@ -199,7 +213,7 @@ def _select(source: str, types: dict[str, str], rules: LogRules, text: bool) -> 
     )
     rest = f"CAST(CASE {' '.join(marks)} END AS UTINYINT) AS mark FROM ({source}) {where}"
     values = f"{user} AS user_id, {item} AS item_id, {time} AS time{features}"
-    names = zip((*raw, _FILE), ("user", "item", "time", "file"), strict=True)
+    names = zip((*raw, FILE_COLUMN), ("user", "item", "time", "file"), strict=True)
     texts = ", ".join(f"{column}::VARCHAR AS {name}" for column, name in names)
     return f"SELECT {values}, {rest}", f"SELECT {texts}, {rest}"
 

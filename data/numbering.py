@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from data.engine import first_line, one_row, quoted_path, scalar
 from data.errors import InputError
+from data.events import Events
 from data.k_core import ITEM_COUNTS
 from data.schema import (
     COMPRESSION,
@@ -44,11 +45,12 @@ class KnownVocabulary:
             raise InputError(f"{place / VOCABULARY} {reason}; copy the data set again")
         return cls(place / expected.path, expected.sha256)
 
-    def load(self, connection: duckdb.DuckDBPyConnection) -> int:
+    def load(self, events: Events) -> int:
         """Create KNOWN_ITEMS(item_id, item), to be numbered with. Returns how many.
 
         Raises InputError for a file that is no vocabulary, or is of other item ids than `events`.
         """
+        connection = events.connection
         source = f"read_parquet({quoted_path(str(self.path))})"
         try:
             connection.execute(
@@ -62,8 +64,8 @@ class KnownVocabulary:
                 "its vocabulary.parquet"
             ) from error
         (known,) = connection.sql(f"SELECT item_id FROM {KNOWN_ITEMS}").types
-        (met,) = connection.sql("SELECT item_id FROM events").types
-        if known != met:
+        met = events.kind("item_id")
+        if str(known) != met:
             raise InputError(f"item ids are {met} in the log but {known} in {self.path}; cast them")
         items, distinct, in_order = one_row(
             connection,

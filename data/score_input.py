@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 
 from data.bundle import Bundle
 from data.conversion import HistoryCounts, sealed, write_histories
 from data.engine import open_engine, scalar
 from data.errors import InputError
+from data.events import LocalEvents
 from data.grouping import group_users, stream_users, use_vocabulary
 from data.k_core import count_events
 from data.log_files import LogFiles
@@ -77,36 +77,37 @@ def group_log(
     with new_folder(output, (MANIFEST, HISTORIES, ENGINE)) as folder:
         (folder / ENGINE).mkdir()
         with open_engine(folder / ENGINE, limits.memory_limit, limits.threads) as connection:
-            manifest = _group(connection, files, rules, bundle, folder, limits)
+            manifest = _group(LocalEvents(connection), files, rules, bundle, folder, limits)
         shutil.rmtree(folder / ENGINE)
         manifest.write(folder)
     return manifest
 
 
 def _group(
-    connection: duckdb.DuckDBPyConnection,
+    events: LocalEvents,
     files: LogFiles,
     rules: LogRules,
     bundle: Bundle,
     folder: Path,
     limits: GroupingLimits,
 ) -> Manifest:
-    read = read_events(connection, files, rules, limits.max_bad_rows)
-    kept = drop_repeats(connection, rules.deduplicate)
-    use_vocabulary(connection, bundle.folder)
+    connection = events.connection
+    read = read_events(events, files, rules, limits.max_bad_rows)
+    kept = drop_repeats(events, rules)
+    use_vocabulary(events, bundle.folder)
     unknown = scalar(connection, "SELECT count(*) FROM events ANTI JOIN vocabulary USING (item_id)")
     if unknown == kept:
         raise InputError(
             f"none of the log's {kept:,} events is of an item that bundle {bundle.folder} "
             "knows; check columns.item and that the log is of the same catalogue"
         )
-    count_events(connection, "user_id", Split(), "SEMI JOIN vocabulary USING (item_id)")
+    count_events(events, "user_id", Split(), "SEMI JOIN vocabulary USING (item_id)")
     group_users(connection, 1, Split())
     users = int(scalar(connection, "SELECT count(*) FROM users"))
     everyone = int(scalar(connection, "SELECT count(DISTINCT user_id) FROM events"))
     longest = int(scalar(connection, "SELECT max(events) FROM users"))
     counts = HistoryCounts(np.zeros(bundle.manifest.table_rows, np.int64))
-    stream = stream_users(connection, (), limits.row_group_events)
+    stream = stream_users(events, (), limits.row_group_events)
     _drain(write_histories(folder, stream, counts))
     vocabulary = next(one for one in bundle.manifest.files if one.path == VOCABULARY)
     return Manifest(

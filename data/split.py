@@ -6,12 +6,13 @@ import duckdb
 
 from data.engine import first_line, one_row
 from data.errors import InputError
+from data.events import Events
 from data.log_query import finite
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which events train, validate and test; the bounds are SQL literals of the time's type.
+    """Which events train, validate and test; the bounds are SQL literals to compare time with.
 
     leave_one_out: a user's last event tests, the one before validates; with fewer than three
     events all train. temporal: events before `validation_from` train, from there on and before
@@ -33,8 +34,8 @@ class Split:
         validated = "0"
         if self.kind == "temporal":
             inside = f"time >= {self.validation_from} AND time < {self.test_from}"
-            validated = f"count(*) FILTER ({inside})"
-        trained = f"count(*) FILTER ({self.in_training})"
+            validated = f"count(*) FILTER (WHERE {inside})"
+        trained = f"count(*) FILTER (WHERE {self.in_training})"
         return f"count(*) AS events, {trained} AS trained, {validated} AS validated"
 
     @property
@@ -47,20 +48,21 @@ class Split:
         return f"({train})::INTEGER AS n_train, ({validation})::INTEGER AS n_validation"
 
 
-def temporal_split(
-    connection: duckdb.DuckDBPyConnection, validation_from: object, test_from: object, kind: str
-) -> Split:
-    """The temporal split at two bounds, checked against the times of `events`, of type `kind`.
+def temporal_split(events: Events, validation_from: object, test_from: object) -> Split:
+    """The temporal split at two bounds, checked against the times of `events`.
 
     Raises InputError for a bound that is no such time, for bounds in the wrong order, and when no
     event lies before the first bound or none behind it.
     """
+    connection, kind = events.connection, events.kind("time")
     first = _literal(connection, "split.validation_from", validation_from, kind)
     second = _literal(connection, "split.test_from", test_from, kind)
+    range_of_times = "SELECT min(time) AS time FROM events UNION ALL SELECT max(time) FROM events"
+    events.fetch("time_range", range_of_times)
     ordered, some_before, some_after, oldest, newest = one_row(
         connection,
         f"SELECT {first} <= {second}, min(time) < {first}, max(time) >= {first}, "
-        "min(time)::VARCHAR, max(time)::VARCHAR FROM events",
+        "min(time)::VARCHAR, max(time)::VARCHAR FROM time_range",
     )
     if not ordered:
         raise InputError(
@@ -72,7 +74,7 @@ def temporal_split(
             f"split.validation_from={validation_from} leaves no event "
             f"{'before' if not some_before else 'after'} it; the log runs from {oldest} to {newest}"
         )
-    return Split("temporal", first, second)
+    return Split("temporal", events.literal(first), events.literal(second))
 
 
 def _literal(connection: duckdb.DuckDBPyConnection, option: str, value: object, kind: str) -> str:

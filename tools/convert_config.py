@@ -1,11 +1,13 @@
 """The options of tools.convert_logs, checked once where the conversion starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
 from data.log_query import LogRules
+
+ENGINES = ("duckdb", "spark")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class ConvertConfig:
     append: Path | None = None
     shards: int | None = None
     row_group_events: int = 1_000_000
+    engine: str = "duckdb"
+    spark_master: str | None = None
+    spark_conf: dict[str, str] = field(default_factory=dict)
     memory_limit: str = "4GB"
     threads: int | None = None
     overwrite: bool = False
@@ -31,7 +36,7 @@ class ConvertConfig:
     def from_dict(cls, options: dict[str, Any]) -> "ConvertConfig":
         """From the composed Hydra config."""
         rest = dict(options)
-        columns, csv = rest.pop("columns"), rest.pop("csv")
+        columns, csv, spark = rest.pop("columns"), rest.pop("csv"), rest.pop("spark")
         features = columns["features"]
         if not isinstance(features, list):
             raise InputError(f"columns.features={features} is no list; write [{features}]")
@@ -48,6 +53,7 @@ class ConvertConfig:
         del rest["where"], rest["deduplicate"]
         for name in ("output", "vocabulary", "append"):
             rest[name] = None if rest[name] is None else Path(str(rest[name]))
+        rest |= {"spark_master": spark["master"], "spark_conf": _flat(spark["conf"])}
         return cls(**rest | {"rules": rules})
 
     def __post_init__(self) -> None:
@@ -61,8 +67,28 @@ class ConvertConfig:
                 raise InputError(f"{name}={value} must be a whole number, {minimum} or more")
         if not isinstance(self.overwrite, bool):
             raise InputError(f"overwrite={self.overwrite} must be true or false")
+        if self.engine not in ENGINES:
+            raise InputError(f"engine={self.engine} is unknown; choose {' | '.join(ENGINES)}")
+        if self.engine != "spark" and (self.spark_master or self.spark_conf):
+            raise InputError(f"spark.master and spark.conf are for engine=spark, not {self.engine}")
+        if self.engine == "spark" and self.append:
+            raise InputError(
+                f"append={self.append} is for engine=duckdb; convert both logs with "
+                f"vocabulary={self.append}, which gives the same"
+            )
         if self.vocabulary and self.append:
             raise InputError(
                 f"append={self.append} numbers items as that data set does; leave "
                 f"vocabulary={self.vocabulary} out"
             )
+
+
+def _flat(options: dict[str, Any], above: str = "") -> dict[str, str]:
+    """Nested keys joined by dots, values as Spark writes them."""
+    flat: dict[str, str] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{above}{name}.")
+        else:
+            flat[f"{above}{name}"] = str(value).lower() if isinstance(value, bool) else str(value)
+    return flat

@@ -5,17 +5,17 @@
 Load, de-duplicate, k-core, vocabulary, users to shards, one flat sort by user and time, and a cut
 of the sorted stream at user changes. Nothing is held in memory beyond `memory_limit` and one row
 group, and equal input gives equal bytes whatever the threads. `vocabulary=` numbers items as an
-older data set does, `append=` puts the log behind that data set's. All options:
-configs/convert.yaml.
+older data set does, `append=` puts the log behind that data set's, `engine=spark` does the work on
+events in Spark. All options: configs/convert.yaml.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 from tqdm import tqdm
 
@@ -23,12 +23,13 @@ from configs.command import command
 from data.append import EarlierData
 from data.bad_rows import write_bad_rows
 from data.conversion import HistoryCounts, sealed, write_histories
-from data.engine import one_row, open_engine, scalar
+from data.engine import one_row, open_engine
 from data.errors import InputError
+from data.events import Events, LocalEvents
 from data.grouping import group_users, stream_users
 from data.k_core import count_events, k_core
 from data.log_files import LogFiles, find_files
-from data.logs import drop_repeats, read_events, time_type
+from data.logs import drop_repeats, read_events
 from data.numbering import KnownVocabulary, number_items, unseen_items, write_vocabulary
 from data.output_folder import new_folder
 from data.residual import RESIDUAL_FILE, write_residual
@@ -42,6 +43,7 @@ from data.schema import (
     DataFile,
     Manifest,
 )
+from data.spark_events import open_spark
 from data.split import Split, temporal_split
 from tools.convert_config import ConvertConfig
 from tools.stages import print_table, stage
@@ -85,9 +87,9 @@ def convert(config: ConvertConfig) -> Conversion:
     with new_folder(config.output, OURS, config.overwrite) as folder:
         engine_folder = folder / ENGINE
         engine_folder.mkdir()
-        with open_engine(engine_folder, config.memory_limit, config.threads) as connection:
-            selection = _select(config, connection, files, known, earlier)
-            written = _write(config, folder, connection, selection)
+        with _open_events(config, engine_folder) as events:
+            selection = _select(config, events, files, known, earlier)
+            written = _write(config, folder, events, selection)
         for left in sorted(engine_folder.rglob("*"), reverse=True):
             left.rmdir() if left.is_dir() else left.unlink()
         engine_folder.rmdir()
@@ -97,63 +99,73 @@ def convert(config: ConvertConfig) -> Conversion:
     return Conversion(manifest, selection.events / users, selection.median)
 
 
+@contextmanager
+def _open_events(config: ConvertConfig, folder: Path) -> Iterator[Events]:
+    with open_engine(folder, config.memory_limit, config.threads) as connection:
+        if config.engine == "duckdb":
+            yield LocalEvents(connection)
+            return
+        with open_spark(connection, folder, config.spark_master, config.spark_conf) as events:
+            yield events
+
+
 def _select(
     config: ConvertConfig,
-    connection: duckdb.DuckDBPyConnection,
+    events: Events,
     files: LogFiles,
     known: KnownVocabulary | None,
     earlier: EarlierData | None,
 ) -> Selection:
-    percent = connection.query_progress
+    connection, percent = events.connection, events.progress
     with stage(f"read {len(files.paths)} file(s)", percent):
-        read = read_events(connection, files, config.rules, config.max_bad_rows)
-        known_items = known.load(connection) if known else 0
+        read = read_events(events, files, config.rules, config.max_bad_rows)
+        known_items = known.load(events) if known else 0
         counts = read.as_counts()
         if earlier:
             counts = earlier.add(connection, counts)
-        good = int(scalar(connection, "SELECT count(*) FROM events"))
-        kept = drop_repeats(connection, config.rules.deduplicate)
-        split = _split(config, connection)
+        good = events.count("events")
+        kept = drop_repeats(events, config.rules)
+        split = _split(config, events)
     with stage("count", percent):
-        count_events(connection, "user_id", split)
-        count_events(connection, "item_id", split)
+        count_events(events, "user_id", split)
+        count_events(events, "item_id", split)
         unseen = unseen_items(connection) if known else 0
     with stage("k-core and vocabulary", percent):
-        k_core(connection, config.min_user_events, config.min_item_events, split)
+        k_core(events, config.min_user_events, config.min_item_events, split)
         items = number_items(connection, known_items)
         shards = config.shards or -(-kept // SHARD_EVENTS)
         group_users(connection, shards, split)
-    users, untrained, events, longest, median = one_row(
+    users, untrained, used, longest, median = one_row(
         connection,
         "SELECT count(*), count(*) FILTER (n_train = 0), sum(events)::BIGINT, max(events), "
         "quantile_disc(events, 0.5) FROM users",
     )
     if known:
         counts |= {"items_new": items - known_items, "items_unseen": unseen}
-    counts |= {"events_duplicate": good - kept, "events_below_minimum": kept - events}
+    counts |= {"events_duplicate": good - kept, "events_below_minimum": kept - used}
     counts |= {"users": users, "users_without_training": untrained}
-    return Selection(split, items, shards, counts, events, longest, median)
+    return Selection(split, items, shards, counts, used, longest, median)
 
 
 def _write(
     config: ConvertConfig,
     folder: Path,
-    connection: duckdb.DuckDBPyConnection,
+    events: Events,
     selection: Selection,
 ) -> HistoryCounts:
     written = HistoryCounts(np.zeros(RESERVED_ROWS + selection.items, np.int64))
     features = config.rules.features
     with stage("sort and write"):
-        stream = stream_users(connection, features, config.row_group_events)
+        stream = stream_users(events, features, config.row_group_events)
         _show(write_histories(folder, stream, written), selection.events)
-        write_vocabulary(folder, connection, written.by_row)
+        write_vocabulary(folder, events.connection, written.by_row)
     counts = selection.counts
     dropped = counts["events_duplicate"] + counts["events_below_minimum"]
     if dropped:
-        with stage("residual", connection.query_progress):
-            write_residual(folder, connection, features)
+        with stage("residual", events.progress):
+            write_residual(folder, events, features)
     if counts["events_bad"]:
-        write_bad_rows(folder, connection)
+        write_bad_rows(folder, events.connection)
     return written
 
 
@@ -179,7 +191,7 @@ def _manifest(
         )
 
 
-def _split(config: ConvertConfig, connection: duckdb.DuckDBPyConnection) -> Split:
+def _split(config: ConvertConfig, events: Events) -> Split:
     kind = config.split["kind"]
     if kind == "temporal" and "validation_from" not in config.split:
         raise InputError("split.kind=temporal has no bounds; choose split=temporal instead")
@@ -187,8 +199,7 @@ def _split(config: ConvertConfig, connection: duckdb.DuckDBPyConnection) -> Spli
         return Split()
     if kind != "temporal":
         raise InputError(f"split.kind={kind} is unknown; choose split=leave_one_out | temporal")
-    bounds = config.split["validation_from"], config.split["test_from"]
-    return temporal_split(connection, *bounds, time_type(connection))
+    return temporal_split(events, config.split["validation_from"], config.split["test_from"])
 
 
 def _sealed_if_there(folder: Path, name: str) -> DataFile | None:

@@ -18,6 +18,7 @@ from configs.command import plain_config
 from data import grouping
 from data.engine import open_engine
 from data.errors import InputError
+from data.events import LocalEvents
 from data.grouping import group_users, stream_users, use_vocabulary
 from data.k_core import count_events
 from data.log_files import find_files
@@ -198,23 +199,25 @@ def test_another_log_is_grouped_with_the_vocabulary(tmp_path: Path) -> None:
     rules = LogRules.from_options(Manifest.read(tmp_path / "out").options)
     (tmp_path / "engine").mkdir()
     with open_engine(tmp_path / "engine", "1GB") as connection:
-        read_events(connection, find_files(str(log)), rules)
-        drop_repeats(connection, rules.deduplicate)
-        use_vocabulary(connection, tmp_path / "out")
-        count_events(connection, "user_id", Split(), "SEMI JOIN vocabulary USING (item_id)")
+        logged = LocalEvents(connection)
+        read_events(logged, find_files(str(log)), rules)
+        drop_repeats(logged, rules)
+        use_vocabulary(logged, tmp_path / "out")
+        count_events(logged, "user_id", Split(), "SEMI JOIN vocabulary USING (item_id)")
         group_users(connection, 2, Split())
-        parts = list(stream_users(connection, (), 100))
+        parts = list(stream_users(logged, (), 100))
     assert {shard for shard, _ in parts} == {0, 1}
     found = pa.concat_tables(table for _, table in parts).sort_by("user_id")
     expected = histories(tmp_path / "out").sort_by("user_id")
     assert found["items"].to_pylist() == expected["items"].to_pylist()
     with open_engine(tmp_path, "1GB") as connection:
         strings = write(tmp_path / "strings.parquet", some_events(4, 50, str))
-        read_events(connection, find_files(str(strings)), rules)
+        logged = LocalEvents(connection)
+        read_events(logged, find_files(str(strings)), rules)
         with pytest.raises(InputError, match="item ids are VARCHAR in the log but BIGINT"):
-            use_vocabulary(connection, tmp_path / "out")
+            use_vocabulary(logged, tmp_path / "out")
         with pytest.raises(InputError, match=r"none/vocabulary\.parquet does not exist; make a"):
-            use_vocabulary(connection, tmp_path / "none")
+            use_vocabulary(logged, tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -236,6 +239,10 @@ def test_another_log_is_grouped_with_the_vocabulary(tmp_path: Path) -> None:
         ({"time": "item_id"}, "columns.item and columns.time are both item_id"),
         ({"features": ("price", "price")}, "columns.features names 'price' twice; name it once"),
         ({"overwrite": "yes"}, "overwrite=yes must be true or false"),
+        ({"engine": "flink"}, r"engine=flink is unknown; choose duckdb \| spark"),
+        ({"spark_master": "yarn"}, "spark.master and spark.conf are for engine=spark, not duckdb"),
+        ({"spark_conf": {"a": "b"}}, "spark.master and spark.conf are for engine=spark"),
+        ({"engine": "spark", "append": Path("a")}, "append=a is for engine=duckdb; .*vocabulary=a"),
     ],
 )
 def test_option_errors(log: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -248,6 +255,16 @@ def test_features_are_a_list() -> None:
     options = plain_config("convert", ["input=L", "output=D", "columns.features=price"])
     with pytest.raises(InputError, match=r"features=price is no list; write \[price\]"):
         ConvertConfig.from_dict(options)
+
+
+def test_options_of_spark_are_its_own_names() -> None:
+    """Dots of the command line nest, and Spark's true is lower case."""
+    given = ["spark.conf.spark.ui.enabled=true", "spark.conf={spark.executor.memory: 8g}"]
+    given += ["input=L", "output=D", "engine=spark", "spark.conf.spark.cores.max=4"]
+    config = ConvertConfig.from_dict(plain_config("convert", given))
+    expected = {"spark.ui.enabled": "true", "spark.executor.memory": "8g", "spark.cores.max": "4"}
+    assert config.spark_conf == expected
+    assert config.spark_master is None
 
 
 @pytest.mark.parametrize(
