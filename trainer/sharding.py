@@ -63,6 +63,11 @@ class Sharded:
         """The module inside, for lookups and hidden states without a gradient."""
         return self.model.module
 
+    def updates(self) -> int:
+        """Updates so far, by the dense optimizer's count: FBGEMM's Adam counts lookups."""
+        state = dict(self.optimizer.optimizers)["matrices"].state
+        return int(next(iter(state.values()))["step"]) if state else 0
+
 
 def table_optimizer(name: str, device: torch.device) -> str:
     """The table optimizer that `embedding.optimizer` stands for on this device.

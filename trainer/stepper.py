@@ -53,9 +53,8 @@ class Stepper:
         self._table_optimizer = optimizers.pop("table")
         self._dense_optimizers = list(optimizers.values())
         self._peaks = [(group, float(group["lr"])) for group in sharded.optimizer.param_groups]
-        # FBGEMM's Adam counts every lookup as an update, those of an evaluation too.
         self._tables = table_kernels(sharded.model)
-        self._updates = max((int(one.iter) for one in self._tables), default=0)
+        self._updates = sharded.updates()
         on_gpu = world.device.type == "cuda"
         self._captures = config.cuda_graphs and on_gpu
         self._compiles = on_gpu
@@ -66,8 +65,7 @@ class Stepper:
         """Step `number` of the run, counted from 0."""
         rate = self._set_rates(number, step.progress)
         self._place(step.batch)
-        for table in self._tables:
-            table.iter_cpu.fill_(self._updates)
+        self._count_updates()
         rows = self.sharded.recommender.table(self._batch.features)
         self._place_rows(rows)
         seed_step(self.seed, number, self.world)
@@ -98,6 +96,13 @@ class Stepper:
             self._batch = batch.to(self.world.device, non_blocking=True)
         else:
             self._batch.overwrite(batch)
+
+    def _count_updates(self) -> None:
+        """Tell FBGEMM's Adam, which takes every lookup for an update, an evaluation's too."""
+        for table in self._tables:
+            table.iter_cpu.fill_(self._updates)
+            if not self._updates:
+                table.iter.zero_()  # its own count, which it goes by where it is told 0
 
     def _place_rows(self, rows: tuple[Tensor, Tensor]) -> None:
         """Take the rows as leaves of their own, as `_place` does; compile and capture at first."""

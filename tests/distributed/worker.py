@@ -281,7 +281,7 @@ def resume(world: World, folder: Path) -> dict[str, list[float]]:
         for sharding in ("row_wise", "table_wise"):
             sharded = build(world, sharding, FullSoftmax(world.rank))
             step(sharded, world, 9, sampled=False)  # something that the load must overwrite
-            assert load(checkpoint_path(saved, 4), sharded).step == 4
+            assert load(checkpoint_path(saved, 4), sharded).step == sharded.updates() == 4
             results[f"{saved.name} {sharding}"] = [
                 step(sharded, world, number, sampled=False) for number in range(4, STEPS)
             ]
