@@ -136,3 +136,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in (r"torchrec\..*", r"torch\.distributed\.checkpoint\..*"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    # Of groups whose device it asks for, at every plan and every table.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torchrec\.distributed\.types")
+    for note in (r"\s*\x1b\[93m\s*\[FBGEMM_GPU\] NOTE", "TBE B200 optimization"):
+        warnings.filterwarnings("ignore", category=UserWarning, message=note)

@@ -7,6 +7,11 @@ FOLDER holds a data set a case; what is measured is added to FILE.json. Two size
 gives every rank the case's tokens, `strong` shares them out over the ranks.
 """
 
+# ruff: noqa: E402
+from configs.environment import check_versions
+
+check_versions()  # a mismatch would break the imports below
+
 import json
 import time
 from dataclasses import asdict, dataclass, replace
