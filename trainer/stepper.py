@@ -56,6 +56,7 @@ class Stepper:
         self._tables = table_kernels(sharded.model)
         self._updates = sharded.updates()
         on_gpu = world.device.type == "cuda"
+        self._side = torch.cuda.Stream(world.device, priority=-1) if on_gpu else None
         self._captures = config.cuda_graphs and on_gpu
         self._compiles = on_gpu
         self._replay_gradients: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
@@ -66,7 +67,7 @@ class Stepper:
         rate = self._set_rates(number, step.progress)
         self._place(step.batch)
         self._count_updates()
-        rows = self.sharded.recommender.table(self._batch.features)
+        rows = self._look_up(step.batch)
         self._place_rows(rows)
         seed_step(self.seed, number, self.world)
         loss, *row_gradients = (self._replay_gradients or self._differentiate)()
@@ -103,6 +104,25 @@ class Stepper:
             table.iter_cpu.fill_(self._updates)
             if not self._updates:
                 table.iter.zero_()  # its own count, which it goes by where it is told 0
+
+    def _look_up(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """The rows of this rank's ids, as `ItemTable` returns them. Collective.
+
+        The ids cross between ranks on a stream of their own, where the host's waits for how many
+        come do not wait for the step before. The lookups themselves follow it.
+        """
+        table = self.sharded.recommender.table
+        if table.alone:
+            rows: tuple[Tensor, Tensor] = table(self._batch.features)
+            return rows
+        with torch.cuda.stream(self._side):  # None: where we are
+            features = batch.features.to(self.world.device, non_blocking=True)
+            exchanged = table.exchange(features)
+        if self._side is not None:
+            here = torch.cuda.current_stream()
+            here.wait_stream(self._side)
+            exchanged.record_stream(here)
+        return table.rows_of(exchanged)
 
     def _place_rows(self, rows: tuple[Tensor, Tensor]) -> None:
         """Take the rows as leaves of their own, as `_place` does; compile and capture at first."""
