@@ -46,6 +46,7 @@ class Stepper:
     _batch: SequenceBatch
     _rows: tuple[Tensor, Tensor]
     _gradients: list[Tensor]  # of the dense parameters
+    _flat: Tensor  # which they are parts of, on several ranks
 
     def __init__(self, sharded: Sharded, config: TrainerConfig, world: World, seed: int) -> None:
         self.sharded, self.config, self.world, self.seed = sharded, config, world, seed
@@ -145,21 +146,24 @@ class Stepper:
         dense = self.sharded.dense_parameters
         loss = self.sharded.recommender.loss_of_rows(*self._rows, self._batch)
         weighted = loss * (self.world.size / self._batch.step_targets)
-        dx_TD, dc_CD, *self._gradients = torch.autograd.grad(weighted, [*self._rows, *dense])
+        dx_TD, dc_CD, *gradients = torch.autograd.grad(weighted, [*self._rows, *dense])
+        self._gradients = gradients if self.world.size == 1 else self._joined(gradients)
         for parameter, gradient in zip(dense, self._gradients, strict=True):
             parameter.grad = gradient
         return loss.detach(), dx_TD, dc_CD
+
+    def _joined(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The same as parts of one tensor."""
+        self._flat = torch.cat([one.flatten() for one in gradients])
+        parts = self._flat.split([one.numel() for one in gradients])
+        return [part.view_as(one) for part, one in zip(parts, gradients, strict=True)]
 
     def _average(self) -> None:
         """The mean of the dense gradients over ranks, in place: one collective a step."""
         if self.world.size == 1:
             return
-        flat = torch.cat([one.flatten() for one in self._gradients])
-        dist.all_reduce(flat)
-        flat /= self.world.size
-        parts = flat.split([one.numel() for one in self._gradients])
-        for one, part in zip(self._gradients, parts, strict=True):
-            one.copy_(part.view_as(one))
+        dist.all_reduce(self._flat)
+        self._flat /= self.world.size
 
     def _finite(self, values: list[Tensor]) -> bool:
         """Whether these, the dense gradients and their norm are finite on every rank. Collective,
