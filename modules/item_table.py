@@ -7,9 +7,12 @@ values under equal seeds.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.embedding import EmbeddingCollectionContext
+from torchrec.distributed.embedding_types import KJTList
 from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -20,6 +23,19 @@ TABLE = "item"
 ROW_STD = 0.02
 # Rows in one go of `fill_rows`: bounds its temporaries to a few times this many numbers.
 FILL_NUMBERS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """Ids at the ranks that hold their rows, and what TorchRec needs to bring the rows back."""
+
+    context: EmbeddingCollectionContext
+    ids: KJTList
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory until this stream, another than the exchange's, is done with it."""
+        self.context.record_stream(stream)
+        self.ids.record_stream(stream)
 
 
 class ItemTable(nn.Module):
@@ -53,6 +69,25 @@ class ItemTable(nn.Module):
             return x_TD, c_CD
         rows = self.collection(features)
         return rows[HISTORY].values(), rows[CANDIDATES].values()
+
+    def exchange(self, features: KeyedJaggedTensor) -> Exchanged:
+        """The first half of `forward` where the table is sharded: the ids, not yet their rows.
+
+        Collective, and the host waits for the current stream.
+        """
+        context = self.collection.create_context()
+        ids = self.collection.input_dist(context, features).wait().wait()
+        return Exchanged(context, ids)
+
+    def rows_of(self, exchanged: Exchanged) -> tuple[Tensor, Tensor]:
+        """The second half: what `forward` returns. Collective, once for each exchange."""
+        rows = self.collection.compute_and_output_dist(exchanged.context, exchanged.ids)
+        return rows[HISTORY].values(), rows[CANDIDATES].values()
+
+    @property
+    def alone(self) -> bool:
+        """Whether no id or row leaves this rank (`serve_alone`)."""
+        return self._lookup is not None
 
     def serve_alone(self, kernel: nn.Module) -> None:
         """Look up by the one FBGEMM kernel that holds the whole table (ids, offsets -> rows).

@@ -7,6 +7,11 @@ goes, and writes the same as JSON, which keeps what was measured when a launch f
 docs/scaling.md says what is measured.
 """
 
+# ruff: noqa: E402
+from configs.environment import check_versions, versions
+
+check_versions()  # a mismatch would break the imports below
+
 import json
 import os
 import subprocess
@@ -18,7 +23,6 @@ from typing import Any
 import torch
 
 from configs.command import command
-from configs.environment import versions
 from data.errors import InputError, check_whole
 from tools.benchmarks.report import write
 from tools.benchmarks.scaling import chosen, write_case
@@ -91,12 +95,13 @@ def launch(ranks: int, output: Path, device: str, folder: str, seconds: int) -> 
     return f"{ranks} ranks ended with status {status}; the reason is above" if status else None
 
 
-def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
-    """Tokens/s a rank, as a share of those of the fewest ranks that hold the case."""
-    same = [one for one in rows if all(one[key] == row[key] for key in ("case", "scaling"))]
-    base = min(same, key=lambda one: one["ranks"])
-    each, least = (one["tokens_per_second"] / one["ranks"] for one in (row, base))
-    return each / least
+def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """Tokens/s a rank, as a share of one rank's; None where one rank was not measured."""
+    for one in rows:
+        if (one["case"], one["scaling"], one["ranks"]) == (row["case"], row["scaling"], 1):
+            each: float = row["tokens_per_second"] / row["ranks"]
+            return each / one["tokens_per_second"]
+    return None
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -108,10 +113,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         f"{'efficiency':>12}{'GiB a rank':>12}",
     ]
     for one in rows:
+        share = efficiency(one, rows)
+        of_one = "no 1 rank" if share is None else f"{share:.1%}"
         memory = "" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 2**30:.1f}"
         lines.append(
             f"{_head(one)}{one['tokens_a_rank']:>15,}{one['times']['median_ms']:>10.2f}"
-            f"{one['tokens_per_second'] / 1e6:>12.3f}{efficiency(one, rows):>12.1%}{memory:>12}"
+            f"{one['tokens_per_second'] / 1e6:>12.3f}{of_one:>12}{memory:>12}"
         )
     parts = list(dict.fromkeys(part for one in rows for part in one["parts"]))
     lines += ["", f"{'ms on rank 0':<27}" + "".join(f"{one:>12}" for one in parts)]

@@ -76,14 +76,7 @@ def load(folder: Path, sharded: Sharded, planner: LoadPlanner | None = None) -> 
     _load(target, folder, planner)
     sharded.model.load_state_dict(target["model"])
     sharded.optimizer.load_state_dict(target["optimizer"])
-    sharded.optimizer.set_optimizer_step(_steps_taken(sharded))
     return state
-
-
-def _steps_taken(sharded: Sharded) -> int:
-    """The dense optimizer's count, warm starts included: FBGEMM's Adam stores none of its own."""
-    dense = dict(sharded.optimizer.optimizers)["matrices"]
-    return int(next(iter(dense.state.values()))["step"])
 
 
 def load_weights(folder: Path, sharded: Sharded, planner: LoadPlanner | None = None) -> None:

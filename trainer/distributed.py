@@ -22,6 +22,8 @@ from trainer.config import MAX_STALL_SECONDS
 
 # Of a collective. Above the watchdog's bound, which names the rank that all others wait for.
 TIMEOUT = timedelta(seconds=2 * MAX_STALL_SECONDS)
+IDS_CTAS = 4  # thread blocks of a collective of ids, which are few: they share the GPU with a step
+_groups: dict[str, dist.ProcessGroup] = {}  # beside the default one
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def process_group(device: str) -> Iterator[World]:
         device_id=where if where.type == "cuda" else None,
     )
     try:
+        if size > 1:
+            _groups["ids"] = _ids_group(backend)
         yield World(rank, size, local_rank, local_size, where)
     except BaseException as error:
         # What the failed calls held: a graph with collectives inside keeps NCCL from ending.
@@ -77,7 +81,23 @@ def process_group(device: str) -> Iterator[World]:
     _leave()
 
 
+def ids_group() -> dist.ProcessGroup | None:
+    """A second group of all ranks, for the ids of lookups; None for a rank alone."""
+    return _groups.get("ids")
+
+
+def _ids_group(backend: str) -> dist.ProcessGroup:
+    options = None
+    if backend == "nccl":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options.config.max_ctas = IDS_CTAS
+        options._timeout = TIMEOUT
+    group: dist.ProcessGroup = dist.new_group(timeout=TIMEOUT, pg_options=options)
+    return group
+
+
 def _leave() -> None:
+    _groups.clear()
     gc.collect()  # TorchRec's modules are cycles
     dist.destroy_process_group()
 
@@ -136,3 +156,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in (r"torchrec\..*", r"torch\.distributed\.checkpoint\..*"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    # Of groups whose device it asks for, at every plan and every table.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torchrec\.distributed\.types")
+    for note in (r"\s*\x1b\[93m\s*\[FBGEMM_GPU\] NOTE", "TBE B200 optimization"):
+        warnings.filterwarnings("ignore", category=UserWarning, message=note)

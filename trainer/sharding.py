@@ -31,7 +31,7 @@ from data.errors import InputError
 from modules.item_table import TABLE, fill_rows
 from modules.recommender import Recommender
 from trainer.config import TableConfig, TrainerConfig
-from trainer.distributed import World
+from trainer.distributed import World, ids_group
 from trainer.memory import Memory, TableMemory, free_memory, memory_by_rank, require_room
 
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
@@ -62,6 +62,11 @@ class Sharded:
     def recommender(self) -> Recommender:
         """The module inside, for lookups and hidden states without a gradient."""
         return self.model.module
+
+    def updates(self) -> int:
+        """Updates so far, by the dense optimizer's count: FBGEMM's Adam counts lookups."""
+        state = dict(self.optimizer.optimizers)["matrices"].state
+        return int(next(iter(state.values()))["step"]) if state else 0
 
 
 def table_optimizer(name: str, device: torch.device) -> str:
@@ -197,6 +202,7 @@ def shard(
     if world.size == 1 and sharding_type(plan) == "table_wise":
         (kernel,) = table_kernels(model)
         recommender.table.serve_alone(kernel)
+    _exchange_ids_apart(model)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     for one in dense.values():
         dist.broadcast(one.detach(), src=0)
@@ -209,6 +215,18 @@ def shard(
     ]:
         optimizers.append((name, _adamw(parameters, train, decay, world.device)))
     return Sharded(model, CombinedOptimizer(optimizers), list(dense.values()))
+
+
+def _exchange_ids_apart(model: DistributedModelParallel) -> None:
+    """Have the ids cross between ranks on `ids_group`, and the rows on the default group.
+
+    Collectives of one group wait for each other, so ids would wait for the gradients of the step
+    before. TorchRec has one group for both, which it asks for at the first exchange of ids; what
+    exchanges the rows it has made already.
+    """
+    for module in model.modules():
+        for sharding in getattr(module, "_sharding_type_to_sharding", {}).values():
+            sharding._pg = ids_group() or sharding._pg
 
 
 def local_shards(model: DistributedModelParallel) -> list[tuple[torch.Tensor, int, int]]:

@@ -46,6 +46,7 @@ class Stepper:
     _batch: SequenceBatch
     _rows: tuple[Tensor, Tensor]
     _gradients: list[Tensor]  # of the dense parameters
+    _flat: Tensor  # which they are parts of, on several ranks
 
     def __init__(self, sharded: Sharded, config: TrainerConfig, world: World, seed: int) -> None:
         self.sharded, self.config, self.world, self.seed = sharded, config, world, seed
@@ -53,10 +54,10 @@ class Stepper:
         self._table_optimizer = optimizers.pop("table")
         self._dense_optimizers = list(optimizers.values())
         self._peaks = [(group, float(group["lr"])) for group in sharded.optimizer.param_groups]
-        # FBGEMM's Adam counts every lookup as an update, those of an evaluation too.
         self._tables = table_kernels(sharded.model)
-        self._updates = max((int(one.iter) for one in self._tables), default=0)
+        self._updates = sharded.updates()
         on_gpu = world.device.type == "cuda"
+        self._side = torch.cuda.Stream(world.device, priority=-1) if on_gpu else None
         self._captures = config.cuda_graphs and on_gpu
         self._compiles = on_gpu
         self._replay_gradients: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
@@ -66,9 +67,8 @@ class Stepper:
         """Step `number` of the run, counted from 0."""
         rate = self._set_rates(number, step.progress)
         self._place(step.batch)
-        for table in self._tables:
-            table.iter_cpu.fill_(self._updates)
-        rows = self.sharded.recommender.table(self._batch.features)
+        self._count_updates()
+        rows = self._look_up(step.batch)
         self._place_rows(rows)
         seed_step(self.seed, number, self.world)
         loss, *row_gradients = (self._replay_gradients or self._differentiate)()
@@ -99,6 +99,32 @@ class Stepper:
         else:
             self._batch.overwrite(batch)
 
+    def _count_updates(self) -> None:
+        """Tell FBGEMM's Adam, which takes every lookup for an update, an evaluation's too."""
+        for table in self._tables:
+            table.iter_cpu.fill_(self._updates)
+            if not self._updates:
+                table.iter.zero_()  # its own count, which it goes by where it is told 0
+
+    def _look_up(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """The rows of this rank's ids, as `ItemTable` returns them. Collective.
+
+        The ids cross between ranks on a stream of their own, where the host's waits for how many
+        come do not wait for the step before. The lookups themselves follow it.
+        """
+        table = self.sharded.recommender.table
+        if table.alone:
+            rows: tuple[Tensor, Tensor] = table(self._batch.features)
+            return rows
+        with torch.cuda.stream(self._side):  # None: where we are
+            features = batch.features.to(self.world.device, non_blocking=True)
+            exchanged = table.exchange(features)
+        if self._side is not None:
+            here = torch.cuda.current_stream()
+            here.wait_stream(self._side)
+            exchanged.record_stream(here)
+        return table.rows_of(exchanged)
+
     def _place_rows(self, rows: tuple[Tensor, Tensor]) -> None:
         """Take the rows as leaves of their own, as `_place` does; compile and capture at first."""
         if self._replay_gradients is not None:
@@ -120,21 +146,24 @@ class Stepper:
         dense = self.sharded.dense_parameters
         loss = self.sharded.recommender.loss_of_rows(*self._rows, self._batch)
         weighted = loss * (self.world.size / self._batch.step_targets)
-        dx_TD, dc_CD, *self._gradients = torch.autograd.grad(weighted, [*self._rows, *dense])
+        dx_TD, dc_CD, *gradients = torch.autograd.grad(weighted, [*self._rows, *dense])
+        self._gradients = gradients if self.world.size == 1 else self._joined(gradients)
         for parameter, gradient in zip(dense, self._gradients, strict=True):
             parameter.grad = gradient
         return loss.detach(), dx_TD, dc_CD
+
+    def _joined(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The same as parts of one tensor."""
+        self._flat = torch.cat([one.flatten() for one in gradients])
+        parts = self._flat.split([one.numel() for one in gradients])
+        return [part.view_as(one) for part, one in zip(parts, gradients, strict=True)]
 
     def _average(self) -> None:
         """The mean of the dense gradients over ranks, in place: one collective a step."""
         if self.world.size == 1:
             return
-        flat = torch.cat([one.flatten() for one in self._gradients])
-        dist.all_reduce(flat)
-        flat /= self.world.size
-        parts = flat.split([one.numel() for one in self._gradients])
-        for one, part in zip(self._gradients, parts, strict=True):
-            one.copy_(part.view_as(one))
+        dist.all_reduce(self._flat)
+        self._flat /= self.world.size
 
     def _finite(self, values: list[Tensor]) -> bool:
         """Whether these, the dense gradients and their norm are finite on every rank. Collective,

@@ -63,6 +63,12 @@ def test_sampled_loss_is_the_same_on_two_ranks(results):
     assert results[2]["sampled"] == pytest.approx(results[1]["sampled"], rel=2e-6)
 
 
+def test_ids_cross_in_a_group_of_their_own(results):
+    """Their numbers, their shares and themselves; then rows, and the rows' gradients."""
+    assert results[2]["groups"] == ["ids"] * 3 + ["default"] * 2
+    assert results[1]["groups"] == []
+
+
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_best_items_are_merged_over_shards(results, sharding):
     assert results[2][f"top {sharding}"] == results[1]["top row_wise"]

@@ -26,7 +26,7 @@ from modules.losses import FullSoftmax, SampledSoftmax
 from modules.recommender import Recommender
 from trainer.checkpoint import RunState, checkpoint_path, load, verify
 from trainer.config import DataConfig, TableConfig, TrainerConfig
-from trainer.distributed import World, process_group, quiet_libraries
+from trainer.distributed import World, ids_group, process_group, quiet_libraries
 from trainer.evaluate import evaluate, top_items
 from trainer.open_data import open_data
 from trainer.run_folder import require_agreement, require_shared
@@ -89,6 +89,7 @@ def measure(world: World, folder: Path) -> dict:
         results[f"top {sharding}"] = best(sharded, world)
     sampled = build(world, "row_wise", loss())
     results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
+    results["groups"] = groups(sampled, world)
     results |= evaluations(world, folder)
     if world.device.type == "cuda":
         return results
@@ -106,6 +107,23 @@ def graphs(world: World) -> dict[str, list]:
         found[name] = [
             step_of(stepper, world, number, name == "sampled") for number in range(STEPS)
         ]
+    return found
+
+
+def groups(sharded: Sharded, world: World) -> list[str]:
+    """The group of each all-to-all of a step with a sampled loss: "ids" or "default"."""
+    plain, found = dist.all_to_all_single, []
+
+    def noted(*args, **options):
+        found.append("default" if options.get("group") is dist.group.WORLD else "ids")
+        assert options["group"] in (dist.group.WORLD, ids_group())
+        return plain(*args, **options)
+
+    dist.all_to_all_single = noted
+    try:
+        step(sharded, world, 0, sampled=True)
+    finally:
+        dist.all_to_all_single = plain
     return found
 
 
@@ -281,7 +299,7 @@ def resume(world: World, folder: Path) -> dict[str, list[float]]:
         for sharding in ("row_wise", "table_wise"):
             sharded = build(world, sharding, FullSoftmax(world.rank))
             step(sharded, world, 9, sampled=False)  # something that the load must overwrite
-            assert load(checkpoint_path(saved, 4), sharded).step == 4
+            assert load(checkpoint_path(saved, 4), sharded).step == sharded.updates() == 4
             results[f"{saved.name} {sharding}"] = [
                 step(sharded, world, number, sampled=False) for number in range(4, STEPS)
             ]

@@ -84,6 +84,10 @@ def test_sampled_softmax_on_two_gpus_trains_as_on_one(found):
     assert found.ranks[2]["sampled"] == pytest.approx(found.ranks[1]["sampled"], rel=LOSS)
 
 
+def test_ids_cross_in_a_group_of_their_own(found):
+    assert found.ranks[2]["groups"] == ["ids"] * 3 + ["default"] * 2
+
+
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
 def test_one_gpu_goes_on_from_a_checkpoint_of_two(found, sharding):
     expected = found.ranks[2]["full row_wise"][4:]

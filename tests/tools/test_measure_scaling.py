@@ -45,12 +45,28 @@ def test_two_ranks_are_measured_beside_one(tmp_path: Path) -> None:
     )
 
 
-def test_efficiency_is_of_the_fewest_ranks_that_hold_the_case() -> None:
+def test_efficiency_is_of_one_rank() -> None:
     def row(case: str, scaling: str, ranks: int, speed: float) -> dict:
-        return {"case": case, "scaling": scaling, "ranks": ranks, "tokens_per_second": speed}
+        return {
+            "case": case,
+            "scaling": scaling,
+            "ranks": ranks,
+            "tokens_a_rank": 64,
+            "tokens_per_second": speed,
+            "times": {"median_ms": 1.0},
+            "peak_bytes": None,
+            "parts": {},
+        }
 
-    rows = [row("a", "weak", 2, 10.0), row("a", "weak", 8, 30.0), row("b", "weak", 1, 1.0)]
-    assert [efficiency(one, rows) for one in rows] == [1.0, 0.75, 1.0]
+    rows = [
+        row("a", "weak", 1, 10.0),
+        row("a", "weak", 2, 15.0),
+        row("b", "strong", 1, 1.0),
+        row("b", "weak", 2, 1.0),
+    ]
+    assert [efficiency(one, rows) for one in rows] == [1.0, 0.75, 1.0, None]
+    line = next(one for one in table(rows) if one.split()[:2] == ["b", "weak"])
+    assert "no 1 rank" in line
 
 
 def test_ranks_that_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
