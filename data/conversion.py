@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data.errors import InputError
 from data.log_query import OWN_COLUMNS
 from data.schema import COMPRESSION, HISTORIES, DataFile, history_schema, sha256_of
 
@@ -76,12 +77,26 @@ def write_histories(
                 path = folder / HISTORIES / f"part-{shard:05d}.parquet"
                 writer = history_writer(path, schema := _schema(table))
                 open_shard = shard
+            _require_values(table)
             counts.add(table)
             writer.write_table(table.cast(schema), row_group_size=table.num_rows)
             yield counts.events
     finally:
         if writer is not None:
             writer.close()
+
+
+def _require_values(table: pa.Table) -> None:
+    """Rows without a value were left out by now, unless a file's own statistics deny them.
+
+    Raises InputError.
+    """
+    for name in ("items", "timestamps"):
+        if any(chunk.flatten().null_count for chunk in table[name].chunks):
+            raise InputError(
+                f"the log's {name} hold a null where a file's statistics say that there is none: "
+                "that file is damaged; write it again"
+            )
 
 
 def sealed(folder: Path, path: Path) -> DataFile:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.conversion import HistoryCounts, write_histories
 from data.errors import InputError
 from data.vocabulary import Vocabulary
 from tests.tools.conversion_cases import (
@@ -232,3 +233,14 @@ def test_any_damage_is_named_or_harmless(
         message = str(error)
     assert not cut or f"{damaged} is damaged" in message
     assert "\n" not in message
+
+
+def test_a_null_that_statistics_deny_is_damage(tmp_path: Path) -> None:
+    """A flipped bit in a file's statistics: the engine then looks for no null there."""
+    columns = {"items": [[8, 9]], "timestamps": [[1, None]], "n_train": [2], "n_validation": [0]}
+    table = pa.table({"user_id": ["a"], **columns})
+    counts = HistoryCounts(np.zeros(12, np.int64))
+    with pytest.raises(
+        InputError, match="the log's timestamps hold a null .* that file is damaged"
+    ):
+        list(write_histories(tmp_path, [(0, table)], counts))
