@@ -90,7 +90,7 @@ def test_lines_state_parts_sum_and_basis():
     assert "a copy's 1 GB/s" in basis
     assert "fp32 matrix product's 1.00 TFLOP/s" in basis
     *parts, last = memory_lines(sizes, [table], 100.0, torch.device("cuda"))
-    assert len(parts) == 4
+    assert len(parts) == 5
     assert last.endswith("of device memory")
 
 
