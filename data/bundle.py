@@ -34,7 +34,7 @@ from data.errors import InputError
 from data.schema import MANIFEST, VOCABULARY, sha256_of, write_atomically
 from data.vocabulary import Vocabulary
 
-BUNDLE_VERSION = 2
+BUNDLE_VERSION = 3
 MODEL, ROWS = "model.pt", "rows"
 TOP_LEVEL = (MODEL, ROWS, VOCABULARY, MANIFEST)
 ROW_FORMATS = ("fp32", "fp16", "int8")

@@ -235,8 +235,13 @@ def _parts(files: LogFiles, sizes: dict[str, int]) -> list[Part]:
     return parts
 
 
+def _part_number(path: Path) -> int:
+    """Of `part-NNNNN-….parquet`, which has more digits where there are more parts."""
+    return int(path.name.split("-")[1].split(".")[0])
+
+
 def _read_parquet(folder: Path) -> str:
-    paths = sorted(folder.glob("part-*"), key=lambda path: int(path.name.split("-")[1][:5]))
+    paths = sorted(folder.glob("part-*"), key=_part_number)
     names = ", ".join(quoted_path(str(path)) for path in paths)
     return f"read_parquet([{names}], hive_partitioning=false)"
 

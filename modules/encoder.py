@@ -516,7 +516,7 @@ class Encoder(nn.Module):
     def repeat_score(self, h_SD: Tensor) -> Tensor:
         """What an item that the history holds already scores more than h . row, fp32 [S].
 
-        Only with `repeats`.
+        Only with `repeats`. Under autocast the product is rounded to its dtype, half a percent.
         """
         return self.repeat(h_SD).squeeze(1).float()
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules.collectives import all_gather, all_to_all, world_size
-from modules.repeats import Histories, Repeats
+from modules.repeats import Repeats, SeenItems
 
 LOGIT_BYTES = 256 * 1024 * 1024
 LogSumExp = Callable[..., tuple[Tensor, Tensor]]
@@ -68,7 +68,7 @@ class FullSoftmax(nn.Module):
         c_CD: Tensor,
         candidates_C: Tensor,
         log_counts_C: Tensor | None,
-        histories: Histories | None = None,
+        histories: SeenItems | None = None,
     ) -> Tensor:
         """The sum of the losses of this rank's targets, fp32 scalar."""
         h_SD, c_CD = _product_dtype(h_SD, c_CD)  # half the bytes between ranks under bf16
@@ -126,7 +126,7 @@ class SampledSoftmax(nn.Module):
         c_CD: Tensor,
         candidates_C: Tensor,
         log_counts_C: Tensor | None,
-        histories: Histories | None = None,
+        histories: SeenItems | None = None,
     ) -> Tensor:
         """The sum of the losses of this rank's targets, fp32 scalar."""
         if log_counts_C is None:

@@ -10,7 +10,7 @@ from data.batch import CANDIDATES, SequenceBatch
 from modules.encoder import Encoder
 from modules.item_table import ItemTable
 from modules.losses import FullSoftmax, SampledSoftmax
-from modules.repeats import Histories
+from modules.repeats import SeenItems
 
 Loss = FullSoftmax | SampledSoftmax
 
@@ -49,12 +49,12 @@ class Recommender(nn.Module):
                 self.histories(h_SD, batch),
             )
 
-    def histories(self, h_SD: Tensor, batch: SequenceBatch) -> Histories | None:
+    def histories(self, h_SD: Tensor, batch: SequenceBatch) -> SeenItems | None:
         """What the loss needs to know repeats, for an encoder that scores them."""
         if not self.encoder.repeats:
             return None
         score_S = self.encoder.repeat_score(h_SD)
-        return Histories.of(batch.items_T, batch.offsets_B1, batch.read_positions_S, score_S)
+        return SeenItems.of(batch.items_T, batch.offsets_B1, batch.read_positions_S, score_S)
 
     def hidden(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """(hidden states [S, D] at the read positions, candidate rows [C, D])."""

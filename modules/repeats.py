@@ -18,10 +18,10 @@ from modules.collectives import all_gather, world_size
 from modules.ssd import sequence_of_tokens
 
 NEVER = 2**31 - 1
-WHOLE_TILES = 128  # what modules.kernels.softmax asks for
+WHOLE_TILES = 128  # a multiple of the candidates of each tile of modules.kernels.softmax
 
 
-class Histories(NamedTuple):
+class SeenItems(NamedTuple):
     """The tokens of a batch, the positions that are read there, and their repeat scores.
 
     items_T: int64 table rows, unmasked. sequence_T: int64, B for padding. token_S: int64.
@@ -37,7 +37,7 @@ class Histories(NamedTuple):
     @classmethod
     def of(
         cls, items_T: Tensor, offsets_B1: Tensor, read_S: Tensor | None, score_S: Tensor
-    ) -> "Histories":
+    ) -> "SeenItems":
         tokens = len(items_T)
         sequence_T = sequence_of_tokens(offsets_B1, tokens)
         token_S = torch.arange(tokens, device=items_T.device) if read_S is None else read_S
@@ -47,7 +47,7 @@ class Histories(NamedTuple):
     def sequence_S(self) -> Tensor:
         return self.sequence_T[self.token_S]
 
-    def gathered(self) -> "Histories":
+    def gathered(self) -> "SeenItems":
         """Those of all ranks, with sequences numbered through; tokens stay as they are."""
         if world_size() == 1:
             return self
@@ -56,7 +56,7 @@ class Histories(NamedTuple):
         tokens = len(self.items_T)
         token_WS = all_gather(self.token_S).view(world_size(), -1)
         row_WS = token_WS + torch.arange(world_size(), device=first.device)[:, None] * tokens
-        return Histories(
+        return SeenItems(
             all_gather(self.items_T),
             sequence_WT.flatten(),
             row_WS.flatten(),

@@ -123,7 +123,8 @@ class Scorer(nn.Module):
         """
         if k < 1:
             raise RuntimeError(f"k={k} must be at least 1")
-        seen_P, seen_by_P, repeat_B = exclude_items_N[:0], exclude_items_N[:0], h_BD[:, 0]
+        seen_P, seen_by_P = exclude_items_N[:0], exclude_items_N[:0]
+        repeat_B = torch.zeros(h_BD.shape[0], device=h_BD.device)
         if self.encoder.repeats and seen_items_P is not None and seen_sequences_P is not None:
             seen_P, seen_by_P = seen_items_P, seen_sequences_P
             repeat_B = self.encoder.repeat_score(h_BD)
@@ -140,8 +141,9 @@ class Scorer(nn.Module):
                     scores = h_BD @ self._dequantised(number, start, stop).t()
                     scores[:, : max(0, self.reserved_rows - first)] = -float("inf")
                     if seen_P.shape[0] > 0:
-                        here_M = ((seen_P >= first) & (seen_P < first + stop - start)).nonzero()
-                        seen_M, by_M = seen_P[here_M[:, 0]] - first, seen_by_P[here_M[:, 0]]
+                        repeated = (seen_P >= first) & (seen_P < first + stop - start)
+                        repeated_M = repeated.nonzero().squeeze(1)
+                        seen_M, by_M = seen_P[repeated_M] - first, seen_by_P[repeated_M]
                         # an item seen twice is written twice, with one value
                         scores[by_M, seen_M] = scores[by_M, seen_M] + repeat_B[by_M]
                     if allowed_V is not None:

@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from data.errors import InputError
 
 MAX_STALL_SECONDS = 7200
-
-
+# Keys that older runs' stored configs lack, and what that stands for.
+ADDED = {"model": {"repeats": False}, "loss": {"smoothing": 0.0}}
 KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
 KERNEL_TAPS = (1, 2, 3, 4)  # of modules.kernels.conv
 
@@ -34,6 +34,12 @@ class ModelConfig:
     beta: float
     restore_order: bool
     repeats: bool
+
+
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A run's stored config with the keys that were added after it."""
+    parts = {part: values | stored.get(part, {}) for part, values in ADDED.items()}
+    return stored | parts
 
 
 def check_kernels(head: int, state: int, conv: int) -> None:

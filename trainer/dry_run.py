@@ -82,8 +82,9 @@ def memory_lines(
         f"{sizes.looked_up:,} looked-up rows and gradients": 2 * sizes.looked_up_bytes,
         f"activations of {sizes.tokens:,} tokens": round(sizes.tokens * saved_per_token),
         "logits": min(LOGIT_BYTES, 4 * sizes.scored),
-        "repeats": sizes.repeat_bytes,
     }
+    if sizes.repeat_bytes:
+        parts["which candidates are repeats"] = sizes.repeat_bytes
     lines = [f"  every rank, estimate: {size(number)} {name}" for name, number in parts.items()]
     rest = sum(parts.values())
     for rank, table in enumerate(tables):

@@ -237,13 +237,15 @@ def _rank_run(
     before = sum(_counts(count, world.device)[: world.rank])
     h_ND = _gather_rows(torch.cat(h))
     score_N = None if repeat_score is None else repeat_score(h_ND)
+    finite = torch.isfinite(h_ND).all()
+    if score_N is not None:
+        finite &= torch.isfinite(score_N).all()
     targets_N, lengths_N, seen_P, owner_P = (
         _gather_rows(torch.cat(values).to(world.device))
         for values in (targets, lengths, seen, [torch.cat(owner) + before])
     )
 
     target_score_N = h_ND.new_full((h_ND.shape[0],), -torch.inf)
-    finite = torch.isfinite(h_ND).all()
     for first, c_RD in blocks():
         finite &= torch.isfinite(c_RD).all()
         pairs = _Seen.of_block(seen_P, owner_P, first, c_RD.shape[0], score_N)

@@ -45,7 +45,7 @@ from modules.encoder import Encoder
 from modules.scorer import Scorer, quantise
 from trainer.checkpoint import CONFIG, PROBE, find, read_state
 from trainer.checkpoint_files import Planner, Reader, find_damage
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, completed
 from trainer.parity import QUALITY_USERS, Parity, compare, held_out_ndcg
 from trainer.stored_rows import StoredTable
 
@@ -146,13 +146,13 @@ def open_source(path: Path, data: str | None) -> Source:
 def _run_config(path: Path) -> dict[str, Any]:
     """The run's config, with all that the export reads of it."""
     try:
-        config = yaml.safe_load(path.read_text())
+        config = completed(yaml.safe_load(path.read_text()))
         for part, key in (("data", "path"), ("trainer", "targets")):
             config[part][key]
         for key in ("data_sha256", "seed"):
             config[key]
         ModelConfig(**config["model"])
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"{path} is absent or damaged ({reason(error)}); copy the {CONFIG} of the run's folder "
             "there, or export another checkpoint"

@@ -21,7 +21,7 @@ from data.reader import HistoryDataset
 from data.schema import MANIFEST, write_atomically
 from data.vocabulary import Vocabulary
 from trainer.checkpoint import CONFIG, FOLDER, find_damage, list_checkpoints
-from trainer.config import Config
+from trainer.config import Config, completed
 from trainer.distributed import World
 
 T = TypeVar("T")
@@ -253,7 +253,7 @@ def _take(run_dir: Path) -> Any:
 
 
 def _compare(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = flatten(before), flatten(now)
+    old, new = flatten(completed(before)), flatten(now)
     changed = [
         f"{key} was {old.get(key)}, now {new.get(key)}"
         for key in sorted({*old, *new} - FREE_KEYS)

@@ -22,7 +22,7 @@ from data.vocabulary import Vocabulary
 from modules.item_table import TABLE
 from trainer import checkpoint
 from trainer.checkpoint_files import Planner
-from trainer.config import Config
+from trainer.config import Config, completed
 from trainer.distributed import World
 from trainer.sharding import Sharded
 
@@ -35,7 +35,7 @@ def warm_start(config: Config, vocabulary: Vocabulary, sharded: Sharded, world: 
     its optimizer is another.
     """
     folder = checkpoint.find(Path(str(config.init_from)))
-    before = yaml.safe_load((folder / checkpoint.CONFIG).read_text())
+    before = completed(yaml.safe_load((folder / checkpoint.CONFIG).read_text()))
     _require_same_model(before, config)
     items = _old_items(before, config, vocabulary)
     if config.init_optimizer:

@@ -28,12 +28,12 @@ import triton
 from torch import Tensor
 
 from modules.kernels.softmax_walk import logsumexp_kernel, target_kernel, weight_kernel
+from modules.repeats import WHOLE_TILES
 
 DTYPES = (torch.bfloat16, torch.float32)
 MULTIPROCESSORS = 132  # of an H100
 WEIGHT_BYTES = 512 * 2**20  # of one chunk's weights
 CHUNK_CANDIDATES = 16_384  # at least, where there are as many: dc's product has to fill the card
-WHOLE_TILES = 128  # candidates of the largest tile; the stride of `first_ZC` is a multiple
 ALIGNED = 8  # candidates of a chunk: 16 bytes of bf16, without which cuBLAS is 4 times slower
 TARGET_ROWS = 16
 

@@ -83,7 +83,7 @@ def measure(world: World, folder: Path) -> dict:
     if world.size > 2:
         return results
     for sharding in SHARDINGS:
-        sharded = build(world, sharding, FullSoftmax(world.rank))
+        sharded = build(world, sharding, FullSoftmax(world.rank, smoothing=0.1))
         results[f"rows {sharding}"] = table_rows(sharded)
         results[f"full {sharding}"] = [step(sharded, world, n, sampled=False) for n in range(8)]
         results[f"top {sharding}"] = best(sharded, world)
@@ -100,7 +100,7 @@ def measure(world: World, folder: Path) -> dict:
 def graphs(world: World) -> dict[str, list]:
     """Losses of one `Stepper` each, whose steps are CUDA graphs."""
     found: dict[str, list] = {}
-    for name, objective in (("full", FullSoftmax(world.rank)), ("sampled", loss())):
+    for name, objective in (("full", FullSoftmax(world.rank, smoothing=0.1)), ("sampled", loss())):
         stepper = Stepper(
             build(world, "row_wise", objective), replace(TRAIN, cuda_graphs=True), world, seed=1
         )
@@ -129,7 +129,9 @@ def groups(sharded: Sharded, world: World) -> list[str]:
 
 def evaluations(world: World, folder: Path) -> dict[str, list]:
     """Train, save and evaluate; evaluate what other ranks saved so. For "ranks from-2", say."""
-    sharded = build(world, "row_wise", FullSoftmax(world.rank), optimizer=EVERY_DEVICE)
+    sharded = build(
+        world, "row_wise", FullSoftmax(world.rank, smoothing=0.1), optimizer=EVERY_DEVICE
+    )
     for number in range(4):
         step(sharded, world, number, sampled=False)
     save(folder / f"evaluated-{world.size}", sharded, world)
@@ -140,7 +142,9 @@ def evaluate_saved(world: World, folder: Path) -> dict[str, list]:
     """Both protocols' ranks, and the next losses, of each checkpoint that `evaluations` saved."""
     found: dict[str, list] = {}
     for saved in sorted(folder.glob("evaluated-*")):
-        sharded = build(world, "row_wise", FullSoftmax(world.rank), optimizer=EVERY_DEVICE)
+        sharded = build(
+            world, "row_wise", FullSoftmax(world.rank, smoothing=0.1), optimizer=EVERY_DEVICE
+        )
         load(checkpoint_path(saved, 4), sharded)
         number_of_ranks = saved.name.removeprefix("evaluated-")
         found[f"ranks of {number_of_ranks}"] = ranks(sharded, world, folder)
@@ -162,7 +166,7 @@ def ranks(sharded: Sharded, world: World, folder: Path) -> list[list[int]]:
 
 def skipped(world: World) -> list[bool]:
     """Which of three steps are skipped where the last rank alone has a loss that is no number."""
-    sharded = build(world, "row_wise", FullSoftmax(world.rank))
+    sharded = build(world, "row_wise", FullSoftmax(world.rank, smoothing=0.1))
     stepper = Stepper(sharded, replace(TRAIN, nonfinite="skip"), world, seed=1)
     forward, found = sharded.recommender.loss_of_rows, []
     for number in range(3):
@@ -289,7 +293,7 @@ def best(sharded: Sharded, world: World) -> list[list[int]]:
 
 def resume(world: World, folder: Path) -> dict[str, list[float]]:
     """Save after 4 steps; go on from what these and other ranks saved, with two shardings."""
-    sharded = build(world, "row_wise", FullSoftmax(world.rank))
+    sharded = build(world, "row_wise", FullSoftmax(world.rank, smoothing=0.1))
     for number in range(4):
         step(sharded, world, number, sampled=False)
     save(folder / f"from-{world.size}", sharded, world)
@@ -297,7 +301,7 @@ def resume(world: World, folder: Path) -> dict[str, list[float]]:
     for saved in sorted(folder.glob("from-*")):
         verify(checkpoint_path(saved, 4), world)
         for sharding in ("row_wise", "table_wise"):
-            sharded = build(world, sharding, FullSoftmax(world.rank))
+            sharded = build(world, sharding, FullSoftmax(world.rank, smoothing=0.1))
             step(sharded, world, 9, sampled=False)  # something that the load must overwrite
             assert load(checkpoint_path(saved, 4), sharded).step == sharded.updates() == 4
             results[f"{saved.name} {sharding}"] = [

@@ -6,7 +6,7 @@ import torch
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules import losses
 from modules.losses import FullSoftmax, SampledSoftmax, logsumexp_reference
-from modules.repeats import Histories
+from modules.repeats import SeenItems
 
 WIDTH = 8
 
@@ -56,14 +56,14 @@ def test_full_softmax_ignores_padding_behind_the_table():
     torch.testing.assert_close(ours, FullSoftmax(rank=0)(h, targets, c, torch.arange(37), None))
 
 
-def histories(score: torch.Tensor) -> Histories:
+def histories(score: torch.Tensor) -> SeenItems:
     """Of 12 and 8 positions, two tokens without a position between them, read in any order."""
     items = torch.randint(RESERVED_ROWS, 24, (22,), generator=torch.Generator().manual_seed(3))
     read = torch.tensor([*range(12), *range(21, 13, -1)])
-    return Histories.of(items, torch.tensor([0, 12, 22, 22]), read, score)
+    return SeenItems.of(items, torch.tensor([0, 12, 22, 22]), read, score)
 
 
-def held(one: Histories, position: int) -> set[int]:
+def held(one: SeenItems, position: int) -> set[int]:
     """The items of a position's history, by looking."""
     token = int(one.token_S[position])
     start = 0 if token < 12 else 12

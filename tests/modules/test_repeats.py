@@ -7,7 +7,7 @@ from torch import Tensor
 from data.schema import RESERVED_ROWS
 from modules.encoder import Encoder
 from modules.losses import FullSoftmax
-from modules.repeats import Histories, first_bytes
+from modules.repeats import SeenItems, first_bytes
 
 ITEMS, LENGTH, HISTORIES, WIDTH = 40, 20, 12, 16
 ROWS = RESERVED_ROWS + ITEMS
@@ -50,7 +50,7 @@ class Model(torch.nn.Module):
         histories = score_T = None
         if self.encoder.repeats:
             score_T = self.encoder.repeat_score(h_TD)
-            histories = Histories.of(items_T, OFFSETS, None, score_T)
+            histories = SeenItems.of(items_T, OFFSETS, None, score_T)
         ids = torch.arange(ROWS)
         total = self.loss(h_TD, targets_BL.flatten(), self.table, ids, None, histories)
         return total / (HISTORIES * (LENGTH - 1)), score_T
@@ -82,6 +82,6 @@ def test_repeats_are_learned_in_either_direction(make, sign):
 
 def test_bytes_are_those_of_whole_tiles():
     assert first_bytes(3, 1) == first_bytes(3, 128) == 3 * 128 * 4
-    histories = Histories.of(torch.full((5,), 9), torch.tensor([0, 5]), None, torch.zeros(5))
+    histories = SeenItems.of(torch.full((5,), 9), torch.tensor([0, 5]), None, torch.zeros(5))
     first_ZC = histories.repeats_of_slice(0, 200).first_ZC
     assert first_ZC.untyped_storage().nbytes() == first_bytes(2, 200) + 4  # and a place for none

@@ -17,7 +17,7 @@ from modules.losses import (
     logsumexp_fused,
     logsumexp_reference,
 )
-from modules.repeats import NEVER, Histories, Repeats
+from modules.repeats import NEVER, Repeats, SeenItems
 from tests.modules.test_ssd_kernels import in_interpreter, relative
 
 LIMIT = 2e-6
@@ -164,7 +164,7 @@ def losses_of_modules():
 
     items = torch.randint(RESERVED_ROWS, 41, (30,), generator=g)
     bounds, score = torch.tensor([0, 11, 12, 27]), torch.randn(30, generator=g)
-    held = Histories.of(items, bounds, None, score)
+    held = SeenItems.of(items, bounds, None, score)
 
     def full(h, table, logsumexp):
         return FullSoftmax(0, logsumexp)(h, targets, table, rows, None, held)

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from configs.command import CONFIGS
 from data.errors import InputError
-from trainer.config import Config
+from trainer.config import Config, completed
 
 EXPERIMENTS = sorted(one.stem for one in (CONFIGS / "experiment").glob("*.yaml"))
 
@@ -84,3 +84,14 @@ def test_config_is_frozen():
     with pytest.raises(AttributeError):
         config.seed = 2  # type: ignore[misc]
     assert replace(config, seed=2).seed == 2
+
+
+def test_a_config_of_before_has_what_its_missing_keys_stood_for():
+    now = {"model": {"width": 8, "repeats": True}, "loss": {"kind": "full", "smoothing": 0.1}}
+    assert completed(now) == now
+    before = {"model": {"width": 8}, "loss": {"kind": "full"}, "seed": 1}
+    assert completed(before) == {
+        "model": {"width": 8, "repeats": False},
+        "loss": {"kind": "full", "smoothing": 0.0},
+        "seed": 1,
+    }
