@@ -94,6 +94,7 @@ def test_published_figures_need_the_published_split(run):
     assert "published leave-one-out split" in same
     assert "gSASRec" in same
     assert same.count("this run") >= 2
+    assert "sees which items the history holds" in same
     temporal = change(run, split="temporal")
     assert not known.has_the_split_of(temporal["data"])
 
