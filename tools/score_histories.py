@@ -231,7 +231,8 @@ def launcher(
 
     sizes = bundle.manifest.model
     if place.device.type == "cuda":
-        check_kernels(sizes["head"], sizes["state"], sizes["conv"])
+        inner = sizes["expand"] * sizes["width"]
+        check_kernels(sizes["head"], sizes["state"], sizes["conv"], inner)
     kernels = config.kernels
     scorer = KernelScorer(bundle.model, sizes, place.device, kernels, items.allowed_V)
     _gate(config, dataset, bundle, items, scorer, place.rank == 0)

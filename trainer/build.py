@@ -38,7 +38,8 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
     """
     train, data = config.trainer, config.data
     if world.device.type == "cuda":
-        check_kernels(config.model.head, config.model.state, config.model.conv)
+        model = config.model
+        check_kernels(model.head, model.state, model.conv, model.expand * model.width)
     kind: Literal["cpu", "cuda"] = "cuda" if world.device.type == "cuda" else "cpu"
     optimizer = table_optimizer(config.embedding.optimizer, world.device)
     if optimizer == "adam" and config.embedding.dtype == "fp16":

@@ -18,6 +18,7 @@ MAX_STALL_SECONDS = 7200
 ADDED = {"model": {"repeats": False}, "loss": {"smoothing": 0.0}}
 KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
 KERNEL_TAPS = (1, 2, 3, 4)  # of modules.kernels.conv
+KERNEL_WIDTH = 8192  # of modules.kernels.gated_norm, at most
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,12 @@ def completed(stored: dict[str, Any]) -> dict[str, Any]:
     return stored | parts
 
 
-def check_kernels(head: int, state: int, conv: int) -> None:
-    """Raises InputError for sizes that no CUDA kernel has."""
+def check_kernels(head: int, state: int, conv: int, inner: int) -> None:
+    """Raises InputError for sizes that no CUDA kernel has. inner: expand * width."""
+    if inner > KERNEL_WIDTH:
+        raise InputError(
+            f"model.expand * model.width = {inner} has no CUDA kernel; it is {KERNEL_WIDTH} at most"
+        )
     for key, size, sizes in [
         ("model.head", head, KERNEL_SIZES),
         ("model.state", state, KERNEL_SIZES),

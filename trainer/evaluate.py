@@ -284,7 +284,7 @@ def _require_finite(finite: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Pairs of a target and an item of its history within a block of rows, by target.
+    """Pairs of a target and an item of its history within a block of rows, in the targets' order.
 
     score_N: what such an item scores more, or None.
     """
@@ -309,8 +309,9 @@ def _score_chunks(
     for start in range(0, h_ND.shape[0], step):
         rows = slice(start, min(start + step, h_ND.shape[0]))
         scores = _scores(h_ND[rows], c_RD, first, table_rows)
-        pair = (seen.who_P >= rows.start) & (seen.who_P < rows.stop)
-        who, item = seen.who_P[pair], seen.item_P[pair]
+        bounds = torch.tensor([rows.start, rows.stop], device=seen.who_P.device)
+        pairs = slice(*torch.searchsorted(seen.who_P, bounds).tolist())
+        who, item = seen.who_P[pairs], seen.item_P[pairs]
         if seen.score_N is not None:
             scores[who - start, item] += seen.score_N[who]
         yield rows, scores, who, item

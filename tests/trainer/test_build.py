@@ -89,6 +89,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, one_rank):
     refused(r"has no user with two training events.*; convert a larger log or lower", one_rank)
     refused(r"model\.head=8 has no CUDA kernel; it is one of 16, 32, 64, 128", cuda, "model.head=8")
     refused(r"model\.conv=5 has no CUDA kernel; it is one of 1, 2, 3, 4", cuda, "model.conv=5")
+    refused(r"expand \* model\.width = 16384 has no .* 8192 at most", cuda, "model.width=8192")
     for name in ("auto", "adam"):
         options = [f"embedding.optimizer={name}", "embedding.dtype=fp16"]
         refused(rf"optimizer={name} is adam here.*; use partial_rowwise_adam", cuda, *options)

@@ -25,7 +25,7 @@ from trainer.checkpoint import (
     require_best,
 )
 from trainer.checkpoint_files import MANIFEST, METADATA, Planner, Reader, find_damage
-from trainer.run_folder import _compare_last_start, newest_whole
+from trainer.run_folder import _compare, _compare_last_start, newest_whole
 from trainer.saver import Saver
 
 
@@ -280,3 +280,12 @@ def test_damaged_config_of_a_run_is_named(two, text):
     (run_dir / "config.yaml").write_text(text)
     with pytest.raises(InputError, match=r"config\.yaml is damaged; copy"):
         _compare_last_start(run_dir, {"seed": 1})
+
+
+def test_a_run_of_before_goes_on_with_what_its_missing_keys_stood_for(tmp_path):
+    now = {"model": {"width": 8, "repeats": False}, "loss": {"smoothing": 0.0}, "seed": 1}
+    before = {"model": {"width": 8}, "seed": 1}
+    _compare(tmp_path, before, now)
+    now["model"]["repeats"] = True
+    with pytest.raises(InputError, match=r"model\.repeats was False, now True"):
+        _compare(tmp_path, before, now)
