@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 has the first name and warns of the second, torch 2.11 has the second alone.
+gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -30,7 +33,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
+        gather_single(out, x.contiguous())
         return out
 
     @staticmethod
