@@ -22,7 +22,7 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -152,6 +152,11 @@ class Bundle:
                 f"bundle {folder} has {model.table_rows} rows, but its vocabulary has "
                 f"{vocabulary.table_rows}; {AGAIN}"
             )
+        if encoder_hash(manifest.model, model.encoder.state_dict()) != manifest.encoder_sha256:
+            raise InputError(
+                f"{folder / MANIFEST} is damaged: its model or encoder_sha256 is not that of "
+                f"{MODEL}; {AGAIN}"
+            )
         return cls(folder, manifest, vocabulary, model, device)
 
     @torch.no_grad()
@@ -236,6 +241,15 @@ class Bundle:
 def all_numbers(scores: Tensor) -> bool:
     """Whether no score is NaN or +inf; -inf stands where fewer than k items remain."""
     return bool((scores < torch.inf).all())
+
+
+def encoder_hash(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of an encoder's config and state dict: equal for equal models."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_model(model: Path | IO[bytes], parts: Iterable[Path], device: torch.device) -> Any:

@@ -12,7 +12,6 @@ check_versions()  # a mismatch would break the imports below
 
 import hashlib
 import io
-import json
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -33,6 +32,7 @@ from data.bundle import (
     TOP_LEVEL,
     BundleFile,
     BundleManifest,
+    encoder_hash,
     load_model,
     sealed,
 )
@@ -274,17 +274,8 @@ def _manifest(
         },
         parity=asdict(parity),
         versions=versions(),
-        encoder_sha256=encoder_hash(source.config["model"], encoder),
+        encoder_sha256=encoder_hash(source.config["model"], encoder.state_dict()),
     )
-
-
-def encoder_hash(config: dict[str, Any], encoder: Encoder) -> str:
-    """SHA-256 of the encoder's config and tensors: equal for equal models."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @command("export")

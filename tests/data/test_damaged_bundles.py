@@ -1,5 +1,6 @@
 """Bundles from elsewhere: a damaged one is named, and nothing but TorchScript in one is run."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -50,6 +51,26 @@ def test_a_damaged_file_is_named(bundle, data):
         else:  # a letter of what is only told, of the versions say
             assert path.name == MANIFEST
             assert opened.manifest.fingerprint == fingerprint
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("key", ["encoder_sha256", "model"])
+def test_a_manifest_of_another_encoder_is_named(bundle, key):
+    """The fingerprint, by which states know their model, is made of it."""
+    path = bundle / MANIFEST
+    whole = path.read_bytes()
+    content = json.loads(whole)
+    if key == "model":
+        content["model"]["head"] += 1
+    else:
+        content[key] = content[key][::-1]
+    try:
+        path.write_text(json.dumps(content))
+        with pytest.raises(
+            InputError, match=r"its model or encoder_sha256 is not that of model\.pt"
+        ):
+            Bundle.open(bundle, CPU)
     finally:
         path.write_bytes(whole)
 

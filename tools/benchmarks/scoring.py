@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from data.bundle import MODEL, Bundle, BundleManifest, sealed
+from data.bundle import MODEL, Bundle, BundleManifest, encoder_hash, sealed
 from data.item_filter import ItemFilter
 from data.reader import HistoryDataset
 from data.schema import RESERVED_ROWS, VOCABULARY
@@ -35,7 +35,7 @@ from tools.benchmarks.measure import Floor, Times
 from tools.benchmarks.passes import new_encoder
 from tools.score_histories import KERNEL_BATCH_TOKENS, TORCHSCRIPT, ScoreConfig, score
 from trainer.config import ModelConfig
-from trainer.export import encoder_hash, scripted, write_rows
+from trainer.export import scripted, write_rows
 
 K = 100
 BLOCK_BYTES = 1 << 28  # of a rows file, as trainer.export cuts them
@@ -80,7 +80,7 @@ def write_bundle(folder: Path, data: Path, model: ModelConfig, items: int) -> Pa
         protocol=nothing,
         parity=nothing,
         versions={},
-        encoder_sha256=encoder_hash(asdict(model), encoder),
+        encoder_sha256=encoder_hash(asdict(model), encoder.state_dict()),
     ).write(folder)
     return folder
 
