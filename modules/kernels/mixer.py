@@ -13,7 +13,8 @@ operations would each cost a gradient that a concatenation copies, at long batch
 convolution. Softplus and the exponential are made where dt is read. The reversed direction walks
 the same rows from their end, and adds its gradients: no row is ever put in another order.
 
-For the backward they keep proj and what the convolution and the scan gave, of each direction.
+For the backward they keep proj and what the convolution and the scan gave, of each direction: its
+outputs and its chunks' states.
 
 Shape suffixes: T tokens, B sequences, E = H P inner channels, H heads, N state, M = E + 2N columns
 convolved, K taps, F = E + M + H columns of proj, G = M + H those without z, Z chunks.
@@ -28,6 +29,7 @@ from modules.kernels.ssd import (
     DTYPES,
     SIZES,
     choose_launch,
+    chunk_slots,
     decay_gradients,
     decays,
     make_table,
@@ -71,26 +73,30 @@ class Scans:
         self.batch = (offsets_B1, make_table(offsets_B1, T, self.launch), self.launch)
 
     def outputs(self, conv_in_TM: Tensor, raw_TH: Tensor) -> list[Tensor]:
-        """For each direction the outputs of convolution and scan, [T, M] and [T or B, E]."""
+        """For each direction the outputs of convolution and scan, [T, M] and [T or B, E].
+
+        Unless `last`, behind them the states of the scan's chunks.
+        """
         kept = []
         for mirror, place_T in enumerate(self.places):
             xBC_TM = convolve(conv_in_TM, *self.conv, place_T, mirror == 1)
             dt_HT, c_HT = decays(raw_TH, self.A_log_H, *self.batch, self.dt_bias_H, mirror == 1)
             x_THP, B_TN, C_TN = parts_of_convolved(xBC_TM, self.E, len(self.D_H))
-            scan_of = last_outputs if self.last else scan
-            y = scan_of(
-                x_THP, dt_HT, c_HT, B_TN, C_TN, self.D_H, *self.batch, mirror=mirror == 1
-            )  # fmt: skip
-            kept += [xBC_TM, y.flatten(1)]
+            inputs = (x_THP, dt_HT, c_HT, B_TN, C_TN, self.D_H, *self.batch)
+            if self.last:
+                kept += [xBC_TM, last_outputs(*inputs, mirror=mirror == 1)]
+            else:
+                y_THP, state_SHNP = scan(*inputs, mirror=mirror == 1)
+                kept += [xBC_TM, y_THP.flatten(1), state_SHNP]
         return kept
 
     def gradients(
-        self, dys: list[Tensor], xBCs: list[Tensor], conv_in_TM: Tensor, raw_TH: Tensor,
-        dconv_in_TM: Tensor, draw_TH: Tensor,
+        self, dys: list[Tensor], xBCs: list[Tensor], states: list[Tensor], conv_in_TM: Tensor,
+        raw_TH: Tensor, dconv_in_TM: Tensor, draw_TH: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Writes dconv_in and draw; gradients of conv_weight, conv_bias, (A_log, D, dt_bias).
 
-        The second direction adds to what the first one wrote.
+        The second direction adds to what the first one wrote. states: none for `last`.
         """
         H, of_conv = len(self.D_H), []
         chunks = self.batch[1].chunks_4Z.shape[1]
@@ -100,12 +106,15 @@ class Scans:
             dt_HT, c_HT = decays(raw_TH, self.A_log_H, *self.batch, self.dt_bias_H, mirror == 1)
             x_THP, B_TN, C_TN = parts_of_convolved(xBC_TM, self.E, H)
             dxBC_TM = torch.empty_like(xBC_TM)
-            gradients_of = last_gradients if self.last else scan_gradients
-            sums = gradients_of(
-                dy.contiguous().unflatten(1, (H, self.E // H)), x_THP, dt_HT, c_HT, B_TN, C_TN,
-                self.D_H, *self.batch, *parts_of_convolved(dxBC_TM, self.E, H), dD_ZH,
-                mirror=mirror == 1,
+            dy = dy.contiguous().unflatten(1, (H, self.E // H))
+            rest = (
+                x_THP, dt_HT, c_HT, B_TN, C_TN, self.D_H, *self.batch,
+                *parts_of_convolved(dxBC_TM, self.E, H), dD_ZH,
             )  # fmt: skip
+            if self.last:
+                sums = last_gradients(dy, *rest, mirror=mirror == 1)
+            else:
+                sums = scan_gradients(dy, states[mirror], *rest, mirror=mirror == 1)
             decay_gradients(
                 sums, dt_HT, self.A_log_H, *self.batch, draw_TH, dA_log_ZH, raw_TH,
                 self.dt_bias_H, dbias_ZH, mirror=mirror == 1, add=mirror == 1,
@@ -127,27 +136,38 @@ def mixer_core_op(
     proj_TF: Tensor, conv_weight_MK: Tensor, conv_bias_M: Tensor, dt_bias_H: Tensor,
     A_log_H: Tensor, D_H: Tensor, norm_weight_E: Tensor, offsets_B1: Tensor, position_T: Tensor,
     mirror_T: Tensor | None, beta: float, restore: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out_TE, and for the backward the outputs of convolution and scan of each direction.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out_TE, and for the backward what `Scans.outputs` gives of each direction.
 
-    Without `mirror_T` the last two are empty.
+    Without `mirror_T` the last three are empty.
     """
     (T, _), E, M = proj_TF.shape, len(norm_weight_E), len(conv_bias_M)
-    absent = [proj_TF.new_empty(0) for _ in range(2)]
     if T == 0:
-        out_TE, *kept = (proj_TF.new_empty(0, columns) for columns in (E, M, E, M, E))
-        xBC_TM, y_TE, mirrored_TM, r_TE = kept if mirror_T is not None else [*kept[:2], *absent]
-        return out_TE, xBC_TM, y_TE, mirrored_TM, r_TE
+        return _empty_core(proj_TF, E, M, len(D_H), mirror_T)
     z_TE, conv_in_TM, raw_TH = parts_of_proj(proj_TF, E, M)
     scans = Scans(
         conv_weight_MK, conv_bias_M, dt_bias_H, A_log_H, D_H, offsets_B1, position_T, mirror_T, E,
         proj_TF.dtype, last=False,
     )  # fmt: skip
-    xBC_TM, y_TE, mirrored_TM, r_TE = [*scans.outputs(conv_in_TM, raw_TH), *absent][:4]
-    out_TE = gated_norm_op(
-        y_TE, z_TE, norm_weight_E, None if mirror_T is None else r_TE, mirror_T, beta, restore, eps
-    )
-    return out_TE, xBC_TM, y_TE, mirrored_TM, r_TE
+    kept = scans.outputs(conv_in_TM, raw_TH)
+    r_TE = None if mirror_T is None else kept[4]
+    out_TE = gated_norm_op(kept[1], z_TE, norm_weight_E, r_TE, mirror_T, beta, restore, eps)
+    absent = [proj_TF.new_empty(0) for _ in range(6 - len(kept))]
+    xBC_TM, y_TE, state_SHNP, mirrored_TM, r_TE, mirrored_SHNP = *kept, *absent
+    return out_TE, xBC_TM, y_TE, state_SHNP, mirrored_TM, r_TE, mirrored_SHNP
+
+
+def _empty_core(
+    proj_TF: Tensor, E: int, M: int, H: int, mirror_T: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tensors like those that `mixer_core_op` returns."""
+    T, N, P, empty = proj_TF.shape[0], (M - E) // 2, E // H, proj_TF.new_empty
+    state = (chunk_slots(T, choose_launch(P, N, proj_TF.dtype)), H, N, P)
+    second = [(0,), (0,), (0,)] if mirror_T is None else [(T, M), (T, E), state]
+    return (
+        empty(T, E), empty(T, M), empty(T, E), empty(state), empty(second[0]), empty(second[1]),
+        empty(second[2]),
+    )  # fmt: skip
 
 
 @mixer_core_op.register_fake
@@ -155,21 +175,22 @@ def _(
     proj_TF: Tensor, conv_weight_MK: Tensor, conv_bias_M: Tensor, dt_bias_H: Tensor,
     A_log_H: Tensor, D_H: Tensor, norm_weight_E: Tensor, offsets_B1: Tensor, position_T: Tensor,
     mirror_T: Tensor | None, beta: float, restore: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    T, E, M = proj_TF.shape[0], norm_weight_E.shape[0], conv_bias_M.shape[0]
-    empty = proj_TF.new_empty
-    second = [(0,), (0,)] if mirror_T is None else [(T, M), (T, E)]
-    return empty(T, E), empty(T, M), empty(T, E), empty(second[0]), empty(second[1])
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    E, M, H = norm_weight_E.shape[0], conv_bias_M.shape[0], D_H.shape[0]
+    return _empty_core(proj_TF, E, M, H, mirror_T)
 
 
 @torch.library.custom_op("ssd4rec::mixer_core_backward", mutates_args=())
 def mixer_core_backward_op(
-    dout_TE: Tensor, xBC_TM: Tensor, y_TE: Tensor, mirrored_TM: Tensor, r_TE: Tensor,
-    proj_TF: Tensor, conv_weight_MK: Tensor, conv_bias_M: Tensor, dt_bias_H: Tensor,
-    A_log_H: Tensor, D_H: Tensor, norm_weight_E: Tensor, offsets_B1: Tensor, position_T: Tensor,
-    mirror_T: Tensor | None, beta: float, restore: bool, eps: float,
+    dout_TE: Tensor, kept: list[Tensor], proj_TF: Tensor, conv_weight_MK: Tensor,
+    conv_bias_M: Tensor, dt_bias_H: Tensor, A_log_H: Tensor, D_H: Tensor, norm_weight_E: Tensor,
+    offsets_B1: Tensor, position_T: Tensor, mirror_T: Tensor | None, beta: float, restore: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients to proj, conv_weight, conv_bias, (A_log, D, dt_bias) as rows, norm_weight."""
+    """Gradients to proj, conv_weight, conv_bias, (A_log, D, dt_bias) as rows, norm_weight.
+
+    kept: what `Scans.outputs` gave.
+    """
     T, E, M = len(proj_TF), len(norm_weight_E), len(conv_bias_M)
     dproj_TF = torch.empty_like(proj_TF)
     if T == 0:
@@ -177,9 +198,10 @@ def mixer_core_backward_op(
         return dproj_TF, zeros[0], zeros[1], D_H.new_zeros(3, len(D_H)), zeros[2]
     z_TE, conv_in_TM, raw_TH = parts_of_proj(proj_TF, E, M)
     dz_TE, dconv_in_TM, draw_TH = parts_of_proj(dproj_TF, E, M)
+    xBCs, ys, states = kept[0::3], kept[1::3], kept[2::3]
     both = mirror_T is not None
     dy_TE, dnorm_weight_E, dr_TE = gated_norm_gradients(
-        dout_TE, y_TE, z_TE, norm_weight_E, r_TE if both else None, mirror_T, beta, restore, eps,
+        dout_TE, ys[0], z_TE, norm_weight_E, ys[1] if both else None, mirror_T, beta, restore, eps,
         dz_TE,
     )  # fmt: skip
     scans = Scans(
@@ -187,18 +209,17 @@ def mixer_core_backward_op(
         proj_TF.dtype, last=False,
     )  # fmt: skip
     dconv_weight_MK, dconv_bias_M, d_3H = scans.gradients(
-        [dy_TE, dr_TE][: 1 + both], [xBC_TM, mirrored_TM][: 1 + both], conv_in_TM, raw_TH,
-        dconv_in_TM, draw_TH,
-    )  # fmt: skip
+        [dy_TE, dr_TE] if both else [dy_TE], xBCs, states, conv_in_TM, raw_TH, dconv_in_TM, draw_TH
+    )
     return dproj_TF, dconv_weight_MK, dconv_bias_M, d_3H, dnorm_weight_E
 
 
 @mixer_core_backward_op.register_fake
 def _(
-    dout_TE: Tensor, xBC_TM: Tensor, y_TE: Tensor, mirrored_TM: Tensor, r_TE: Tensor,
-    proj_TF: Tensor, conv_weight_MK: Tensor, conv_bias_M: Tensor, dt_bias_H: Tensor,
-    A_log_H: Tensor, D_H: Tensor, norm_weight_E: Tensor, offsets_B1: Tensor, position_T: Tensor,
-    mirror_T: Tensor | None, beta: float, restore: bool, eps: float,
+    dout_TE: Tensor, kept: list[Tensor], proj_TF: Tensor, conv_weight_MK: Tensor,
+    conv_bias_M: Tensor, dt_bias_H: Tensor, A_log_H: Tensor, D_H: Tensor, norm_weight_E: Tensor,
+    offsets_B1: Tensor, position_T: Tensor, mirror_T: Tensor | None, beta: float, restore: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty_like(proj_TF), torch.empty_like(conv_weight_MK), torch.empty_like(conv_bias_M),
@@ -217,8 +238,11 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout_TE, *_):
     if dout_TE is None:
         return (None,) * 13
+    kept, tensors = list(ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
+    if tensors[-1] is None:  # one direction
+        kept = kept[:3]
     dproj_TF, dconv_weight_MK, dconv_bias_M, d_3H, dnorm_weight_E = mixer_core_backward_op(
-        dout_TE, *ctx.saved_tensors, ctx.beta, ctx.restore, ctx.eps
+        dout_TE, kept, *tensors, ctx.beta, ctx.restore, ctx.eps
     )
     dA_log_H, dD_H, ddt_bias_H = d_3H.unbind(0)
     return (
@@ -289,7 +313,7 @@ def mixer_last_backward_op(
     if dr_BE is not None:
         dys, xBCs = [dy_BE, dr_BE], [xBC_TM, mirrored_TM]
     gradients = scans.gradients(
-        dys, xBCs, proj_TG[:, :M], proj_TG[:, M:], dproj_TG[:, :M], dproj_TG[:, M:]
+        dys, xBCs, [], proj_TG[:, :M], proj_TG[:, M:], dproj_TG[:, :M], dproj_TG[:, M:]
     )
     return dproj_TG, *gradients
 

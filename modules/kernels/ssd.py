@@ -4,11 +4,12 @@ For a head with decay A < 0 and tokens i, j of one sequence,
   `y_i = Σ_{j≤i} (C_i·B_j) exp(Σ_{k=j+1..i} dt_k A) dt_j x_j + D x_i`   (Dao & Gu 2024, section 6).
 
 Forward: cut the batch into chunks (`ssd_table`), carry the state from chunk to chunk (`ssd_walk`),
-make each chunk's outputs (`ssd_forward`). Backward: the same table and states again (cheaper to
-recompute than to keep: a state per chunk is as large as x), the gradient of the state carried from
-the end (`ssd_walk` reversed), each chunk's gradients (`ssd_backward`). Lengths are read on the
-device only: nothing here waits for the GPU, every grid and every scratch size follows from shapes
-and the whole can be captured in a CUDA graph. Sums have a fixed order: same inputs, same bits.
+make each chunk's outputs (`ssd_forward`). Backward: the same table again, the states that the
+forward kept (N / chunk times the bytes of x; to make them anew is a third of the carrying), the
+gradient of the state carried from the end (`ssd_walk` reversed), each chunk's gradients
+(`ssd_backward`). Lengths are read on the device only: nothing here waits for the GPU, every grid
+and every scratch size follows from shapes and the whole can be captured in a CUDA graph. Sums have
+a fixed order: same inputs, same bits.
 
 Launch options come from a small table, not from a search, so a fresh process compiles each kernel
 once.
@@ -112,8 +113,13 @@ def make_table(offsets_B1: Tensor, tokens: int, launch: Launch) -> Table:
     )  # fmt: skip
     return Table(
         first_2B2[1], first_2B2[0], slot_2B2[1], slot_2B2[0], chunks_4Z, segments_4Z,
-        max(tokens // launch.chunk, 1), max(tokens // segment, 1),
+        chunk_slots(tokens, launch), max(tokens // segment, 1),
     )  # fmt: skip
+
+
+def chunk_slots(tokens: int, launch: Launch) -> int:
+    """States that a batch of so many tokens may have to keep."""
+    return tokens // launch.chunk
 
 
 def walk(
@@ -182,8 +188,8 @@ def scan(
     x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
     offsets_B1: Tensor, table: Table, launch: Launch, end_BHPN: Tensor | None = None,
     mirror: bool = False,
-) -> Tensor:  # fmt: skip
-    """y_THP, contiguous; writes `end_BHPN`."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y_THP, contiguous, and the chunks' states, for `scan_gradients`; writes `end_BHPN`."""
     T, H, P = x_THP.shape
     N, sequences, chunks = B_TN.shape[1], offsets_B1.numel() - 1, table.chunks_4Z.shape[1]
     y_THP = torch.empty(T, H, P, dtype=x_THP.dtype, device=x_THP.device)
@@ -198,7 +204,7 @@ def scan(
         triton.cdiv(H, groups), N, P, launch.chunk, launch.precision, mirror,
         num_warps=launch.output_warps, num_stages=launch.output_stages,
     )  # fmt: skip
-    return y_THP
+    return y_THP, state_SHNP
 
 
 @dataclass(frozen=True)
@@ -214,11 +220,15 @@ class Sums:
 
 
 def scan_gradients(
-    dy_THP: Tensor, x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor,
-    D_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch, dx_THP: Tensor, dB_TN: Tensor,
-    dC_TN: Tensor, dD_ZH: Tensor, dend_BHPN: Tensor | None = None, mirror: bool = False,
+    dy_THP: Tensor, state_SHNP: Tensor, x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, B_TN: Tensor,
+    C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch, dx_THP: Tensor,
+    dB_TN: Tensor, dC_TN: Tensor, dD_ZH: Tensor, dend_BHPN: Tensor | None = None,
+    mirror: bool = False,
 ) -> Sums:  # fmt: skip
-    """Writes dx, dB and dC, which may be slices of one tensor, and a partial dD a chunk."""
+    """Writes dx, dB and dC, which may be slices of one tensor, and a partial dD a chunk.
+
+    state_SHNP: what `scan` kept.
+    """
     T, H, P = x_THP.shape
     N, sequences, chunks = B_TN.shape[1], offsets_B1.numel() - 1, table.chunks_4Z.shape[1]
     groups = head_groups(chunks, H, limit=4)
@@ -228,10 +238,6 @@ def scan_gradients(
         dB_GTN, dC_GTN = dBC_GTK.split(N, dim=2)
     qors_4HT = dt_HT.new_empty(4, H, T)
     sums = Sums(qors_4HT, qors_4HT[1], dt_HT.new_empty(chunks, H))
-    state_SHNP = walk(
-        B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=None,
-        mirror=mirror,
-    )  # fmt: skip
     dstate_SHNP = walk(
         C_TN, dy_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=True, end_BHPN=dend_BHPN,
         mirror=mirror,
@@ -276,38 +282,46 @@ def decay_gradients(
 def ssd_op(
     x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
     offsets_B1: Tensor, final_states: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y_THP and the states after each sequence's last token (an empty tensor if not wanted)."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y_THP, the states after each sequence's last token (an empty tensor if not wanted), and for
+    the backward those of the chunks."""
     T, H, P = x_THP.shape
     N, sequences = B_TN.shape[1], offsets_B1.numel() - 1
     x_THP, B_TN, C_TN = rows(x_THP), rows(B_TN), rows(C_TN)
     dt_TH = dt_TH.contiguous()
     end_BHPN = x_THP.new_zeros(sequences, H, P, N, dtype=torch.float32) if final_states else None
+    launch = choose_launch(P, N, x_THP.dtype)
     if T == 0:
         y_THP = x_THP.new_empty(T, H, P)
+        state_SHNP = x_THP.new_empty(chunk_slots(T, launch), H, N, P)
     else:
-        launch = choose_launch(P, N, x_THP.dtype)
         table = make_table(offsets_B1, T, launch)
         dt_HT, c_HT = decays(dt_TH, A_H, offsets_B1, table, launch)
-        y_THP = scan(x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch, end_BHPN)
-    return y_THP, x_THP.new_empty(0, dtype=torch.float32) if end_BHPN is None else end_BHPN
+        y_THP, state_SHNP = scan(
+            x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch, end_BHPN
+        )
+    if end_BHPN is None:
+        end_BHPN = x_THP.new_empty(0, dtype=torch.float32)
+    return y_THP, end_BHPN, state_SHNP
 
 
 @ssd_op.register_fake
 def _(
     x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
     offsets_B1: Tensor, final_states: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    T, H, P = x_THP.shape
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (T, H, P), N = x_THP.shape, B_TN.shape[1]
     y_THP = torch.empty(T, H, P, dtype=x_THP.dtype, device=x_THP.device)
-    shape = (offsets_B1.shape[0] - 1, H, P, B_TN.shape[1]) if final_states else (0,)
-    return y_THP, x_THP.new_empty(shape, dtype=torch.float32)
+    shape = (offsets_B1.shape[0] - 1, H, P, N) if final_states else (0,)
+    slots = chunk_slots(T, choose_launch(P, N, x_THP.dtype))
+    end_BHPN = x_THP.new_empty(shape, dtype=torch.float32)
+    return y_THP, end_BHPN, x_THP.new_empty(slots, H, N, P)
 
 
 @torch.library.custom_op("ssd4rec::ssd_backward", mutates_args=())
 def ssd_backward_op(
-    dy_THP: Tensor, dend_BHPN: Tensor | None, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor,
-    B_TN: Tensor, C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor,
+    dy_THP: Tensor, dend_BHPN: Tensor | None, state_SHNP: Tensor, x_THP: Tensor, dt_TH: Tensor,
+    A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to x, dt, A, B, C, D, contiguous."""
     (T, H, P), N = x_THP.shape, B_TN.shape[1]
@@ -326,8 +340,8 @@ def ssd_backward_op(
     dB_TN, dC_TN = B_TN.new_empty(T, N), C_TN.new_empty(T, N)
     dA_dD_2ZH = dt_TH.new_empty(2, table.chunks_4Z.shape[1], H)
     sums = scan_gradients(
-        dy_THP, x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch, dx_THP, dB_TN,
-        dC_TN, dA_dD_2ZH[1], dend_BHPN,
+        dy_THP, state_SHNP, x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch, dx_THP,
+        dB_TN, dC_TN, dA_dD_2ZH[1], dend_BHPN,
     )  # fmt: skip
     decay_gradients(sums, dt_HT, A_H, offsets_B1, table, launch, ddt_TH, dA_dD_2ZH[0])
     dA_H, dD_H = dA_dD_2ZH.sum(1).unbind(0)
@@ -336,8 +350,8 @@ def ssd_backward_op(
 
 @ssd_backward_op.register_fake
 def _(
-    dy_THP: Tensor, dend_BHPN: Tensor | None, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor,
-    B_TN: Tensor, C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor,
+    dy_THP: Tensor, dend_BHPN: Tensor | None, state_SHNP: Tensor, x_THP: Tensor, dt_TH: Tensor,
+    A_H: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx_THP, ddt_TH, dA_H, dB_TN, dC_TN, dD_H = (
         torch.empty(like.shape, dtype=like.dtype, device=like.device)
@@ -348,14 +362,16 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.final_states = inputs
-    ctx.save_for_backward(*tensors)
+    state_SHNP = output[2]
+    ctx.mark_non_differentiable(state_SHNP)
     ctx.set_materialize_grads(False)
+    ctx.save_for_backward(state_SHNP, *tensors)
 
 
-def _backward(ctx, dy_THP, dend_BHPN):
+def _backward(ctx, dy_THP, dend_BHPN, _):
     tensors = ctx.saved_tensors
     if dy_THP is None:
-        dy_THP = torch.zeros_like(tensors[0])
+        dy_THP = torch.zeros_like(tensors[1])
     if not ctx.final_states:
         dend_BHPN = None
     return *ssd_backward_op(dy_THP, dend_BHPN, *tensors), None, None
@@ -401,7 +417,7 @@ def ssd_triton(
         ValueError: a shape or dtype that the kernels do not have.
     """
     _check(x_THP, dt_TH, A_H, B_TN, C_TN, D_H, offsets_B1)
-    y_THP, state_BHPN = ssd_op(x_THP, dt_TH, A_H, B_TN, C_TN, D_H, offsets_B1, final_states)
+    y_THP, state_BHPN, _ = ssd_op(x_THP, dt_TH, A_H, B_TN, C_TN, D_H, offsets_B1, final_states)
     return (y_THP, state_BHPN) if final_states else y_THP
 
 

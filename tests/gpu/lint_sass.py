@@ -110,8 +110,8 @@ def launch_ssd(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
     B = torch.empty(tokens, N, dtype=dtype)
     dt, A = torch.empty(tokens, H), torch.empty(H)
     offsets = torch.zeros(sequences + 1, dtype=torch.int64)
-    ssd.ssd_op._init_fn(x, dt, A, B, B, A, offsets, False)
-    ssd.ssd_backward_op._init_fn(x, None, x, dt, A, B, B, A, offsets)
+    _, _, state = ssd.ssd_op._init_fn(x, dt, A, B, B, A, offsets, False)
+    ssd.ssd_backward_op._init_fn(x, None, state, x, dt, A, B, B, A, offsets)
 
     E, M = H * P, H * P + 2 * N
     proj, y, convolved = (torch.empty(tokens, F, dtype=dtype) for F in (E + M + H, E, M))
@@ -121,7 +121,8 @@ def launch_ssd(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
     for mirror, options in [(None, (0.0, False, 1e-5)), (position, (0.1, False, 1e-5))]:
         inputs = (proj, *conv, A, A, A, torch.empty(E), offsets, position, mirror, *options)
         mixer.mixer_core_op._init_fn(*inputs)
-        mixer.mixer_core_backward_op._init_fn(y, convolved, y, convolved, y, *inputs)
+        kept = [convolved, y, state] * (1 if mirror is None else 2)
+        mixer.mixer_core_backward_op._init_fn(y, kept, *inputs)
         inputs = (proj[:, E:].contiguous(), *conv, A, A, A, offsets, position, mirror, E)
         mixer.mixer_last_op._init_fn(*inputs)
         dr = None if mirror is None else last

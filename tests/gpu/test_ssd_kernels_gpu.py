@@ -83,7 +83,7 @@ def run(inputs, offsets, dy, dfinal=None):
     from modules.kernels.ssd import ssd_op
 
     leaves = [t.detach().requires_grad_() for t in inputs]
-    y, final = ssd_op(*leaves, offsets, dfinal is not None)
+    y, final, _ = ssd_op(*leaves, offsets, dfinal is not None)
     outputs, gradients = ([y], [dy]) if dfinal is None else ([y, final], [dy, dfinal])
     return y.detach(), final.detach(), torch.autograd.grad(outputs, leaves, gradients)
 

@@ -19,7 +19,7 @@ REPEATS, QUICK_REPEATS = 5, 2
 
 
 def run(bench: Bench) -> None:
-    rows = bench.size(10_000_000, 1_000_000, 50_000)
+    rows = bench.size(1_000_000, 1_000_000, 50_000)
     optimizer = table_suite.OPTIMIZERS[bench.device.type][0]
     name = f"{rows:,} rows"
     with bench.case(name), tempfile.TemporaryDirectory(prefix="ssd4rec-benchmark-") as folder:

@@ -74,6 +74,7 @@ CASES = {
         Case("full-3k", "full", ML1M_ITEMS, 16_384),
         Case("full-1m", "full", 1_000_000, 32_768, group=5),
         Case("sampled-1m", "sampled", 1_000_000, 65_536),
+        _large("sampled-1m-128", 1_000_000, 65_536, 128),
         _large("sampled-100m", 100_000_000, 65_536, 128),
         _large("sampled-500m", 500_000_000, 65_536, 128),
     ),
