@@ -149,8 +149,9 @@ def update(config: UpdateConfig) -> Report:
 
 
 def _warm_up(bundle: Bundle) -> None:
-    """What a process does once is no user's cost."""
-    for users in range(2, 2 + WARM_UP):
+    """What a process does once is no user's cost: a GPU's start, and TorchScript's compiling for
+    each of the first numbers of users, then for any."""
+    for users in range(2, 2 + 2 * WARM_UP):
         bundle.advance(bundle.new_states(users), torch.full([users], RESERVED_ROWS))
 
 
