@@ -197,9 +197,23 @@ class Bundle:
         return torch.zeros(users, self.model.state_numbers)
 
     @torch.no_grad()
-    def advance(self, state_UF: Tensor, items_U: Tensor) -> Tensor:
-        """The states, on the CPU, after one more event of each user; see `Scorer.advance`."""
-        return self.model.advance(state_UF.to(self.device), items_U.to(self.device)).cpu()
+    def advance(
+        self, state_UF: Tensor, items_N: Tensor, users_E: list[int] | None = None
+    ) -> Tensor:
+        """The states, on the CPU, after one more event of each user, or several: `Scorer.advance`.
+
+        users_E: how many users have an e-th event, those of the first rows, and all have a first
+        one; None for one event of all. items_N: all first events, all second ones, and so on. On a
+        GPU the states stay there meanwhile, a few times their bytes.
+        """
+        state_UF = state_UF.to(self.device)
+        for items_U in items_N.to(self.device).split(users_E or [len(items_N)]):
+            moved_UF = self.model.advance(state_UF[: len(items_U)], items_U)
+            if len(moved_UF) == len(state_UF):
+                state_UF = moved_UF
+            else:  # not the first event: these are our own states
+                state_UF[: len(moved_UF)] = moved_UF
+        return state_UF.cpu()
 
     @torch.no_grad()
     def score_states(

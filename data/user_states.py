@@ -2,6 +2,7 @@
 
     manifest.json             the model that they belong to, counts, sizes and hashes; written last
     states/part-NNNNN.parquet user_id, state [F], seen, last_items (table rows), last_time, events
+    scores/part-NNNNN.parquet `data.schema.score_schema`, of those who moved on, where asked for
 
 `state` is `Bundle.new_states`' numbers in fp32 or fp16. `seen` are the distinct items, `last_items`
 those of the events at `last_time`, `events` how many moved the state.
@@ -25,14 +26,16 @@ from torch import Tensor
 from data.bundle import Bundle, all_numbers
 from data.conversion import sealed
 from data.errors import InputError, reason
+from data.reader import concatenated_ranges
 from data.schema import MANIFEST, DataFile, damage, write_atomically
 
 STATES_VERSION = 1
-STATES = "states"
+STATES, SCORES = "states", "scores"
 NUMBERS: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 PART_BYTES = 1 << 27  # of a file's states in fp32
 NONE = np.zeros(0, np.int64)
-TOGETHER = 32  # users moved on at once: their states should stay near the processor
+# Of the states moved on at once: near a CPU, and enough to fill a GPU, where it is a whole file.
+TOGETHER_BYTES = {"cpu": 1 << 23, "cuda": PART_BYTES}
 
 
 @dataclass(frozen=True)
@@ -263,16 +266,21 @@ def _advance(
     """Users of like numbers of events together, event by event."""
     order = np.argsort(-lengths_U, kind="stable")
     order = order[: int((lengths_U > 0).sum())]
-    for start in range(0, len(order), TOGETHER):
-        users = order[start : start + TOGETHER]
-        states = state_UF[users]
-        for event in range(int(lengths_U[users[0]])):
-            going = int((lengths_U[users] > event).sum())
-            items = items_N[[taken[user][event] for user in users[:going]]]
-            states[:going] = bundle.advance(states[:going], torch.from_numpy(items))
-        state_UF[users] = states
+    together = max(1, TOGETHER_BYTES[bundle.device.type] // (4 * state_UF.shape[1]))
+    for start in range(0, len(order), together):
+        users = order[start : start + together]
+        places_N, users_E = _event_by_event(lengths_U[users])
+        items = items_N[np.concatenate([taken[user] for user in users])[places_N]]
+        state_UF[users] = bundle.advance(state_UF[users], torch.from_numpy(items), users_E.tolist())
     if not all_numbers(state_UF.abs()):
         raise InputError(f"bundle {bundle.folder} answers NaN or infinity; export another one")
+
+
+def _event_by_event(lengths_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Events that lie user after user, in the order first events, second events, …: their places
+    [N], and how many users have an e-th event [E]. lengths_U: falling, none 0."""
+    event_N = concatenated_ranges(np.zeros_like(lengths_U), lengths_U)
+    return np.argsort(event_N, kind="stable"), np.bincount(event_N)
 
 
 def _remember(

@@ -264,7 +264,8 @@ class Mamba2Mixer(nn.Module):
         kept_BH = torch.exp(dt_BH * -torch.exp(self.A_log))
         added_BHPN = (dt_BH.unsqueeze(2) * x_BHP).unsqueeze(3) * B_BN[:, None, None]
         ssm_BHPN = torch.addcmul(added_BHPN, kept_BH[:, :, None, None], ssm_BHPN)
-        y_BHP = (ssm_BHPN @ C_BN[:, None, :, None]).squeeze(3) + self.D.unsqueeze(1) * x_BHP
+        y_BE1 = ssm_BHPN.flatten(1, 2) @ C_BN.unsqueeze(2)  # one product a sequence, not a head
+        y_BHP = y_BE1.view_as(x_BHP) + self.D.unsqueeze(1) * x_BHP
         out_BD = self.out_proj(
             gated_norm(y_BHP.flatten(1), z_BE, self.norm_weight, self.gated_norm_eps)
         )

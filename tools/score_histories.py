@@ -19,9 +19,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from configs.command import command
 from data.bundle import Bundle
@@ -34,9 +35,13 @@ from data.schema import HISTORIES, MANIFEST, VOCABULARY, Manifest, sha256_of
 from data.score_output import ScoreFolder, WriteBehind, summarise
 from data.scoring import UPTO, Answer, Batch, Unit, UnitScores, batches, score_batches, units_of
 from data.vocabulary import Vocabulary
+from tools.place import DEVICES, Place
 from tools.stages import print_table
 from trainer.config import check_kernels
 from trainer.parity import compare
+
+if TYPE_CHECKING:
+    from modules.kernel_scorer import KernelScorer
 
 TORCHSCRIPT = "torchscript"
 KERNELS = (TORCHSCRIPT, "bf16", "fp32")
@@ -87,35 +92,11 @@ class ScoreConfig:
             raise InputError(f"exclude_seen={self.exclude_seen} must be true or false")
         if not isinstance(self.min_agreement, int | float) or not 0 <= self.min_agreement <= 1:
             raise InputError(f"min_agreement={self.min_agreement} is outside [0, 1]")
-        devices = ("auto", "cpu", "cuda")
-        for name, choices in (("upto", UPTO), ("device", devices), ("kernels", KERNELS)):
+        for name, choices in (("upto", UPTO), ("device", DEVICES), ("kernels", KERNELS)):
             if getattr(self, name) not in choices:
                 raise InputError(
                     f"{name}={getattr(self, name)} is unknown; choose {' | '.join(choices)}"
                 )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among all, from torchrun's environment."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def of(cls, device: str) -> "Place":
-        """Raises InputError for a device that this host lacks."""
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-            return cls(rank, size, torch.device("cpu"))
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"device={device} needs a GPU for each process of this host, which has "
-                f"{torch.cuda.device_count()}; start fewer processes or use device=cpu"
-            )
-        return cls(rank, size, torch.device("cuda", local_rank))
 
 
 def score(config: ScoreConfig) -> dict[str, Any] | None:
@@ -227,14 +208,7 @@ def launcher(
 
     if config.kernels == TORCHSCRIPT:
         return by_bundle
-    from modules.kernel_scorer import KernelScorer  # scoring with a bundle alone needs none of it
-
-    sizes = bundle.manifest.model
-    if place.device.type == "cuda":
-        inner = sizes["expand"] * sizes["width"]
-        check_kernels(sizes["head"], sizes["state"], sizes["conv"], inner)
-    kernels = config.kernels
-    scorer = KernelScorer(bundle.model, sizes, place.device, kernels, items.allowed_V)
+    scorer = kernel_scorer(bundle, place.device, config.kernels, items.allowed_V)
     _gate(config, dataset, bundle, items, scorer, place.rank == 0)
 
     def by_kernels(batch: Batch) -> Callable[[], Answer]:
@@ -246,12 +220,28 @@ def launcher(
     return by_kernels
 
 
+def kernel_scorer(
+    bundle: Bundle, device: torch.device, kernels: str, allowed_V: Tensor | None = None
+) -> "KernelScorer":
+    """The trainer's kernels with the bundle's weights, whose rows they share. kernels: bf16 | fp32.
+
+    Raises InputError for sizes that no CUDA kernel has.
+    """
+    from modules.kernel_scorer import KernelScorer  # scoring with a bundle alone needs none of it
+
+    sizes = bundle.manifest.model
+    if device.type == "cuda":
+        inner = sizes["expand"] * sizes["width"]
+        check_kernels(sizes["head"], sizes["state"], sizes["conv"], inner)
+    return KernelScorer(bundle.model, sizes, device, kernels, allowed_V)
+
+
 def _gate(
     config: ScoreConfig,
     dataset: HistoryDataset,
     bundle: Bundle,
     items: ItemFilter,
-    scorer: Any,
+    scorer: "KernelScorer",
     is_main: bool,
 ) -> None:
     """Compare the kernels' answers to the input's first histories with the bundle's own."""
@@ -290,7 +280,7 @@ def _score_units(
     """Write this process's units that are not written yet."""
     mine = units[place.rank :: place.size]
     missing = [unit for unit in mine if not (folder.path / unit.name).exists()]
-    tokens = config.batch_tokens or _batch_tokens(config.kernels, place.device.type)
+    tokens = config.batch_tokens or default_tokens(config.kernels, place.device.type)
     in_flight = 0 if config.kernels == TORCHSCRIPT else IN_FLIGHT
     work = batches(dataset, missing, config.upto, items, tokens)
     with (
@@ -304,7 +294,8 @@ def _score_units(
             bar.update(scores.users.unit.users)
 
 
-def _batch_tokens(kernels: str, device: str) -> int:
+def default_tokens(kernels: str, device: str) -> int:
+    """History events scored at once where batch_tokens says nothing. device: cpu | cuda."""
     if device == "cuda" and kernels != TORCHSCRIPT:
         return KERNEL_BATCH_TOKENS
     return BATCH_TOKENS[device]

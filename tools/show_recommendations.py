@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from configs.command import command
 from data.errors import InputError, check_whole
-from data.schema import Manifest, write_atomically
+from data.schema import MANIFEST, Manifest, write_atomically
 from data.score_output import SUMMARY
+from data.user_states import SCORES
 from data.vocabulary import Vocabulary
 
 COLUMNS = 100  # of the terminal
@@ -96,12 +97,14 @@ def views(config: ShowConfig) -> list[UserView]:
 
 
 def _parts(folder: Path) -> list[Path]:
-    if not (folder / SUMMARY).exists():
+    """The files of finished scores: tools.score_histories', or those beside states."""
+    beside_states = (folder / MANIFEST).exists() and (folder / SCORES).is_dir()
+    if not beside_states and not (folder / SUMMARY).exists():
         raise InputError(
-            f"{folder} has no {SUMMARY}: it holds no finished scores; make them with "
-            "tools.score_histories"
+            f"{folder} holds no finished scores; make them with tools.score_histories, or with "
+            "tools.update_states k=…"
         )
-    return sorted(folder.glob("part-*.parquet"))
+    return sorted((folder / SCORES if beside_states else folder).glob("part-*.parquet"))
 
 
 def _chosen(parts: list[Path], config: ShowConfig) -> list[str]:

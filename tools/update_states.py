@@ -7,7 +7,7 @@ A user's state is one row of Parquet. An event is applied when its time is not b
 last one; an earlier one is late and passed over, because a state cannot go back. An event of the
 last time whose item is among those applied at it is a duplicate and passed over, so the same log
 given twice changes nothing. The bundle's rule on repeats (`deduplicate`) holds against the state
-as well. All options: configs/update_states.yaml.
+as well. States lie on the host; a GPU gets some at a time. All options: configs/update_states.yaml.
 """
 
 import shutil
@@ -34,19 +34,21 @@ from data.scoring import score_table
 from data.user_states import (
     NUMBERS,
     PART_BYTES,
+    SCORES,
     STATES,
     NewEvents,
     StateManifest,
     StatePart,
     apply,
 )
+from tools.benchmarks.report import device_name
+from tools.full_pass import WARM_UP, FullPass, full_passes
+from tools.place import DEVICES, Place
 from tools.stages import print_table
 
-GROUPED, SCORES = "grouped", "scores"
+GROUPED = "grouped"
 OURS = (MANIFEST, STATES, SCORES, GROUPED, f".{GROUPED}.unfinished")
 NO_ITEMS = np.zeros(0, np.int64)
-PROBE_EVENTS, PROBE_LENGTH, PROBE_SECONDS = 2048, 128, 0.3  # of the full pass that is timed
-WARM_UP = 4  # calls: TorchScript compiles anew after the first ones
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class UpdateConfig:
     numbers: str = "fp32"
     k: int = 0
     exclude_seen: bool = True
+    device: str = "auto"
     columns: dict[str, str | None] = field(default_factory=dict)
     csv: dict[str, Any] = field(default_factory=dict)
     max_bad_rows: int = 0
@@ -67,8 +70,11 @@ class UpdateConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.numbers not in NUMBERS:
-            raise InputError(f"numbers={self.numbers} is unknown; choose {' | '.join(NUMBERS)}")
+        for name, choices in (("numbers", NUMBERS), ("device", DEVICES)):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{name}={getattr(self, name)} is unknown; choose {' | '.join(choices)}"
+                )
         check_whole("k", self.k, 0)
         check_whole("max_bad_rows", self.max_bad_rows, 0)
         if self.threads is not None:
@@ -80,26 +86,27 @@ class UpdateConfig:
 @dataclass(frozen=True)
 class Report:
     """What a run did. seconds_moving: of reading, moving and writing states, without reading the
-    log and without scores, which cost the same either way."""
+    log and without scores, which cost the same either way. device: its name."""
 
     manifest: StateManifest
     bytes_a_state: int
+    device: str
     seconds_moving: float
-    full_pass_seconds_an_event: float
+    full_passes: list[FullPass]
 
-    @property
-    def break_even_events(self) -> float | None:
+    def break_even_events(self, full_pass: FullPass) -> float | None:
         """The history length whose full pass takes as long as an updated user took here; None
-        where no user with a state moved on."""
+        where no user with a state moved on, or the pass was not timed."""
         users = self.manifest.counts["users_updated"]
-        if users == self.manifest.counts["users_new"]:
+        seconds = full_pass.seconds_an_event
+        if seconds is None or users == self.manifest.counts["users_new"]:
             return None
-        return self.seconds_moving / users / self.full_pass_seconds_an_event
+        return self.seconds_moving / users / seconds
 
 
 def update(config: UpdateConfig) -> Report:
     """Write the new states. Raises InputError for what cannot be read, or is of another model."""
-    bundle = Bundle.open(Path(config.bundle), torch.device("cpu"))
+    bundle = Bundle.open(Path(config.bundle), Place.of(config.device).device)
     bundle.new_states(0)  # refuses a bidirectional model before the log is read
     rules = rules_for(
         bundle.manifest.data["options"],
@@ -117,6 +124,7 @@ def update(config: UpdateConfig) -> Report:
         grouped = group_log(files, rules, bundle, folder / GROUPED, limits)
         new = NewEvents.read(folder / GROUPED, grouped.histories)
         shutil.rmtree(folder / GROUPED)
+        _warm_up(bundle)
         started = time.monotonic()
         writer = _Writer(config, bundle, folder, new, rules.deduplicate)
         if old is not None and old_folder is not None:
@@ -136,7 +144,15 @@ def update(config: UpdateConfig) -> Report:
         )
         manifest.write(folder)
     state_bytes = NUMBERS[config.numbers].itemsize * bundle.model.state_numbers
-    return Report(manifest, state_bytes, seconds, full_pass_seconds(bundle))
+    name = device_name(bundle.device)
+    return Report(manifest, state_bytes, name, seconds, full_passes(bundle))
+
+
+def _warm_up(bundle: Bundle) -> None:
+    """What a process does once is no user's cost: a GPU's start, and TorchScript's compiling for
+    each of the first numbers of users, then for any."""
+    for users in range(2, 2 + 2 * WARM_UP):
+        bundle.advance(bundle.new_states(users), torch.full([users], RESERVED_ROWS))
 
 
 class _Writer:
@@ -219,25 +235,7 @@ class _Writer:
         self.scores.append(sealed(self.folder, path))
 
 
-def full_pass_seconds(bundle: Bundle) -> float:
-    """Seconds an event of reading whole histories in this process, measured in a moment."""
-    generator = torch.Generator().manual_seed(1)
-    items_T = torch.randint(
-        RESERVED_ROWS, bundle.manifest.table_rows, [PROBE_EVENTS], generator=generator
-    )
-    offsets_B1 = torch.arange(0, PROBE_EVENTS + 1, PROBE_LENGTH)
-    for _ in range(WARM_UP):
-        bundle.model.hidden(items_T, offsets_B1)
-    times: list[float] = []
-    begun = time.monotonic()
-    while len(times) < 3 or time.monotonic() - begun < PROBE_SECONDS:
-        started = time.perf_counter()
-        bundle.model.hidden(items_T, offsets_B1)
-        times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2] / PROBE_EVENTS
-
-
-def _print(report: Report, output: str) -> None:
+def print_report(report: Report, output: str) -> None:
     counts, manifest = report.manifest.counts, report.manifest
     size = sum(one.bytes for one in manifest.parts)
     rows = [
@@ -248,24 +246,33 @@ def _print(report: Report, output: str) -> None:
         ("late events", f"{counts['events_late']:,} (passed over)"),
         ("duplicate events", f"{counts['events_duplicate']:,} (passed over)"),
         ("bytes a user", f"{report.bytes_a_state:,} of state, {size / manifest.users:,.0f} in all"),
-        ("full pass", f"{1e6 * report.full_pass_seconds_an_event:.1f} us an event"),
+        ("device", report.device),
+        *(("full pass", _of_pass(one)) for one in report.full_passes),
         ("states", f"{output} ({len(manifest.parts)} file(s), {report.seconds_moving:.1f} s)"),
     ]
-    if report.break_even_events is not None:
-        rows.append(
-            (
-                "break-even",
-                f"{report.break_even_events:,.0f} events: below that length, scoring "
-                "whole histories is cheaper",
+    for one in report.full_passes:
+        events = report.break_even_events(one)
+        if events is not None:
+            rows.append(
+                (
+                    "break-even",
+                    f"{events:,.0f} events: below that length, scoring whole histories with "
+                    f"kernels={one.kernels} is cheaper",
+                )
             )
-        )
     print_table(rows)
+
+
+def _of_pass(one: FullPass) -> str:
+    if one.seconds_an_event is None:
+        return f"kernels={one.kernels} was not timed: {one.reason}"
+    return f"{1e6 * one.seconds_an_event:,.4g} us an event with kernels={one.kernels}"
 
 
 @command("update_states")
 def main(options: dict[str, Any]) -> None:
     config = UpdateConfig(**options)
-    _print(update(config), config.output)
+    print_report(update(config), config.output)
 
 
 if __name__ == "__main__":

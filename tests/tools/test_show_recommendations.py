@@ -13,6 +13,7 @@ from tests.data.datasets import write_dataset
 from tests.trained_run import Trained, run_command, trained
 from tools.score_histories import ScoreConfig, score
 from tools.show_recommendations import COLUMNS, ShowConfig, as_page, as_text, main, views
+from tools.update_states import UpdateConfig, update
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,29 @@ def test_random_users_depend_on_the_seed_alone(made, scores):
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 6
     assert len(views(config(made, scores, users=1000))) == len(made.histories)
+
+
+def test_scores_beside_states_are_shown(made, scores, tmp_path):
+    """All users' states of the whole log: their items are those of their histories' scores."""
+    log = tmp_path / "log.parquet"
+    events = [(n, row) for n, history in enumerate(made.histories) for row in history]
+    columns = {
+        "user_id": [f"u{user}" for user, _ in events],
+        "item_id": [f"i{row}" for _, row in events],
+        "timestamp": range(len(events)),
+    }
+    pq.write_table(pa.table(columns), log)
+    options = {"bundle": str(made.bundle), "events": str(log), "device": "cpu"}
+    update(UpdateConfig(**options, output=str(tmp_path / "states"), k=12))
+    chosen = {"users": ["u5", "u61", "u0"]}
+    shown = views(config(made, tmp_path / "states", **chosen))
+    for got, expected in zip(shown, views(config(made, scores, **chosen)), strict=True):
+        assert (got.user, got.history) == (expected.user, expected.history)
+        assert [item for item, _ in got.recommended] == [item for item, _ in expected.recommended]
+    assert len(views(config(made, tmp_path / "states", users=1000))) == len(made.histories)
+    update(UpdateConfig(**options, output=str(tmp_path / "none")))
+    with pytest.raises(InputError, match=r"none holds no finished scores; .*update_states k=…"):
+        views(config(made, tmp_path / "none"))
 
 
 def test_the_table_fits_and_the_page_escapes_everything(made, scores, tmp_path):

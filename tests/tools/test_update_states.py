@@ -17,11 +17,12 @@ from data.bundle import Bundle, BundleManifest
 from data.errors import InputError
 from data.log_query import LogRules
 from data.schema import RESERVED_ROWS, DataFile
-from data.user_states import StatePart
+from data.user_states import TOGETHER_BYTES, StateManifest, StatePart
 from tests.tools.test_score_histories import scores_of
 from tests.trained_run import ITEMS, Trained, run_command, trained
+from tools.full_pass import FullPass
 from tools.score_histories import ScoreConfig, score
-from tools.update_states import Report, UpdateConfig, update
+from tools.update_states import Report, UpdateConfig, print_report, update
 
 DAYS = 3
 INTEGERS = pa.int64()
@@ -56,7 +57,7 @@ def write_log(path: Path, users, items, times, kind: pa.DataType = INTEGERS) -> 
 
 
 def move(made: Trained, output: Path, *events: Path, **changes) -> Report:
-    options = {"bundle": str(made.bundle), "events": [str(one) for one in events]}
+    options = {"bundle": str(made.bundle), "events": [str(one) for one in events], "device": "cpu"}
     return update(UpdateConfig(**options | {"output": str(output)} | changes))
 
 
@@ -95,6 +96,34 @@ def test_days_one_by_one_score_as_the_whole_log(made, days, tmp_path, exclude_se
     assert counts["users_new"] < counts["users_updated"]
 
 
+def test_states_move_on_alike_in_pieces_of_any_size(made, days, tmp_path, monkeypatch):
+    """Of one user, of three, and of all of a part, which is how a GPU takes them."""
+    found = []
+    for piece in (1, 3, 1000):
+        state_bytes = 4 * Bundle.open(made.bundle, "cpu").model.state_numbers
+        monkeypatch.setitem(TOGETHER_BYTES, "cpu", piece * state_bytes)
+        move(made, tmp_path / str(piece), *days)
+        (part,) = (tmp_path / str(piece) / "states").iterdir()
+        table = pq.read_table(part)
+        found.append(table["state"].combine_chunks().flatten().to_numpy())
+        assert len(set(table["events"].to_pylist())) > 5
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_states_that_are_moved_on_stay_what_they_were(made):
+    bundle = Bundle.open(made.bundle, "cpu")
+    states = bundle.advance(bundle.new_states(3), torch.tensor([9, 10, 11]))
+    before = states.clone()
+    moved = bundle.advance(states, torch.tensor([12, 13, 14, 15, 16]), [3, 2])
+    assert torch.equal(states, before)
+    for user, items in enumerate(([12, 15], [13, 16], [14])):
+        one = states[user : user + 1]
+        for item in items:
+            one = bundle.advance(one, torch.tensor([item]))
+        torch.testing.assert_close(moved[user : user + 1], one, rtol=1e-4, atol=1e-5)
+
+
 def test_the_same_log_twice_changes_nothing(made, days, tmp_path):
     once, twice = tmp_path / "once", tmp_path / "twice"
     move(made, once, days[0])
@@ -103,7 +132,7 @@ def test_the_same_log_twice_changes_nothing(made, days, tmp_path):
     assert counts["events_applied"] == counts["users_updated"] == counts["users_new"] == 0
     assert counts["events_late"] + counts["events_duplicate"] + counts["events_unknown"] == 150
     assert min(counts["events_late"], counts["events_duplicate"]) > 0
-    assert report.break_even_events is None
+    assert [report.break_even_events(one) for one in report.full_passes] == [None]
     (first,), (second,) = (sorted((one / "states").iterdir()) for one in (once, twice))
     assert pq.read_table(first).equals(pq.read_table(second))
 
@@ -159,13 +188,15 @@ def test_fp16_halves_the_states_and_hardly_moves_the_scores(made, days, tmp_path
 
 
 def test_the_command_reports_bytes_and_break_even(made, days, tmp_path):
-    command = ["tools.update_states", f"bundle={made.bundle}"]
+    command = ["tools.update_states", f"bundle={made.bundle}", "device=cpu"]
     run_command(*command, f"events={days[0]}", f"output={tmp_path / 'a'}")
     options = [f"states={tmp_path / 'a'}", f"output={tmp_path / 'b'}", "numbers=fp16"]
     printed = run_command(*command, f"events={days[1]}", *options)
     numbers = Bundle.open(made.bundle, torch.device("cpu")).new_states(1).shape[1]
     assert f"{2 * numbers:,} of state" in printed
-    assert "break-even" in printed
+    assert "\ndevice                   cpu, " in printed
+    (line,) = [one for one in printed.splitlines() if one.startswith("break-even")]
+    assert line.endswith("scoring whole histories with kernels=torchscript is cheaper")
     names = {path.name for path in (tmp_path / "b").iterdir()}
     assert names == {"manifest.json", "states"}
 
@@ -180,6 +211,7 @@ def test_refusals(made, days, tmp_path):
         assert not output.exists()
 
     refused("numbers=int8 is unknown; choose fp32 | fp16", numbers="int8")
+    refused("device=tpu is unknown; choose auto | cpu | cuda", device="tpu")
     refused("exclude_seen=maybe must be true or false", exclude_seen="maybe")
     refused("k=-1 must be a whole number", k=-1)
     refused("holds no finished states", states=str(made.data / "histories"))
@@ -209,6 +241,39 @@ def test_refusals(made, days, tmp_path):
         whole.new_states(1)
 
 
+def test_a_gpu_that_is_not_there_is_refused(made, days, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(
+        InputError,
+        match=r"device=cuda needs a GPU for each .*, which has 0; start fewer .* or use device=cpu",
+    ):
+        move(made, tmp_path / "s", days[0], device="cuda")
+
+
+def test_a_break_even_is_against_a_way_that_was_timed(capsys):
+    counts = dict.fromkeys(("events_unknown", "events_bad", "events_late", "events_duplicate"), 0)
+    counts |= {"users_updated": 10, "users_new": 4, "events_applied": 12}
+    passes = [
+        FullPass("torchscript", 1e-3),
+        FullPass("bf16", 5e-6),
+        FullPass("fp32", None, "no reason"),
+    ]
+    manifest = StateManifest("", "fp32", 20, counts, [], [])
+    report = Report(manifest, 400, "a card", 2.0, passes)
+    assert [report.break_even_events(one) for one in passes] == [200, 40_000, None]
+    print_report(report, "STATES")
+    printed = capsys.readouterr().out
+    for line in (
+        "1,000 us an event with kernels=torchscript",
+        "5 us an event with kernels=bf16",
+        "kernels=fp32 was not timed: no reason",
+        " 200 events: below that length, scoring whole histories with kernels=torchscript is cheap",
+        " 40,000 events: below that length, scoring whole histories with kernels=bf16 is cheaper",
+    ):
+        assert line in printed
+    assert printed.count("break-even") == 2
+
+
 def test_a_part_that_is_no_parquet_is_named(tmp_path):
     part = tmp_path / "part-00000.parquet"
     part.write_bytes(b"not Parquet")
@@ -225,7 +290,7 @@ def test_a_part_that_is_no_parquet_is_named(tmp_path):
     ],
 )
 def test_states_beyond_numbers_are_named(made, days, tmp_path, monkeypatch, number, message):
-    monkeypatch.setattr(Bundle, "advance", lambda _, state, items: torch.full_like(state, number))
+    monkeypatch.setattr(Bundle, "advance", lambda _, state, *by: torch.full_like(state, number))
     with pytest.raises(InputError, match=message):
         move(made, tmp_path / "s", days[0], numbers="fp16")
     assert not (tmp_path / "s").exists()
