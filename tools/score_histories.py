@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from configs.command import command
-from data.bundle import Bundle
+from data.bundle import AOTINDUCTOR, TORCHSCRIPT, Bundle
 from data.errors import InputError, check_whole
 from data.item_filter import ItemFilter, read_filter
 from data.log_files import LogFiles, find_files
@@ -38,8 +38,8 @@ from tools.stages import print_table
 from trainer.config import check_kernels
 from trainer.parity import compare
 
-TORCHSCRIPT = "torchscript"
-KERNELS = (TORCHSCRIPT, "bf16", "fp32")
+OWN = (TORCHSCRIPT, AOTINDUCTOR)  # the bundle's own model, by its format
+KERNELS = (*OWN, "bf16", "fp32")
 # A batch's temporaries should stay in a CPU's cache, and a GPU wants many tokens at once.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 KERNEL_BATCH_TOKENS = 262_144  # of the trainer's kernels, on a GPU
@@ -126,7 +126,17 @@ def score(config: ScoreConfig) -> dict[str, Any] | None:
     started = time.monotonic()
     place = Place.of(config.device)
     # One process looks into every byte; all look at sizes, and torchrun ends all with the first.
-    bundle = Bundle.open(Path(config.bundle), place.device, hashes=place.rank == 0)
+    bundle = Bundle.open(
+        config.bundle,
+        place.device,
+        hashes=place.rank == 0,
+        native_code=config.kernels == AOTINDUCTOR,
+    )
+    if config.kernels == AOTINDUCTOR and bundle.manifest.format != AOTINDUCTOR:
+        raise InputError(
+            f"kernels={AOTINDUCTOR} is for a bundle of that format, and {config.bundle} is "
+            f"{bundle.manifest.format}; leave kernels out"
+        )
     if config.k > bundle.vocabulary.size:
         raise InputError(
             f"k={config.k} is more than the bundle's {bundle.vocabulary.size} items; lower it"
@@ -225,7 +235,7 @@ def launcher(
         )
         return lambda: answer
 
-    if config.kernels == TORCHSCRIPT:
+    if config.kernels in OWN:
         return by_bundle
     from modules.kernel_scorer import KernelScorer  # scoring with a bundle alone needs none of it
 
@@ -291,7 +301,7 @@ def _score_units(
     mine = units[place.rank :: place.size]
     missing = [unit for unit in mine if not (folder.path / unit.name).exists()]
     tokens = config.batch_tokens or _batch_tokens(config.kernels, place.device.type)
-    in_flight = 0 if config.kernels == TORCHSCRIPT else IN_FLIGHT
+    in_flight = 0 if config.kernels in OWN else IN_FLIGHT
     work = batches(dataset, missing, config.upto, items, tokens)
     with (
         folder.progress(sum(unit.users for unit in mine), place.rank, place.size) as bar,
@@ -305,7 +315,7 @@ def _score_units(
 
 
 def _batch_tokens(kernels: str, device: str) -> int:
-    if device == "cuda" and kernels != TORCHSCRIPT:
+    if device == "cuda" and kernels not in OWN:
         return KERNEL_BATCH_TOKENS
     return BATCH_TOKENS[device]
 

@@ -14,7 +14,7 @@ from data.bundle import load_model
 from data.schema import RESERVED_ROWS
 from tools.benchmarks.bench import Bench
 from tools.benchmarks.passes import new_encoder
-from trainer.export import scripted
+from trainer.model_files import scripted
 
 LENGTHS = (200, 2_000, 20_000)
 ITEMS, K = 10_000, 100
