@@ -14,6 +14,7 @@ code: they are given to it once, under the names of the encoder's state dict.
 with K and B + 1 at least 3, S and B of `step` at least 2, and all inputs contiguous.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram, export
 from torch.export.pt2_archive._package import AOTICompiledModel
 
 from data.compiled import FORWARD, STEP
@@ -52,41 +53,44 @@ class _Step(Encoder):
         return self.step(x_BD, state_BF)
 
 
-@torch.no_grad()
 def compile_encoder(config: Mapping[str, Any], encoder: Encoder, folder: Path) -> list[Path]:
     """Write `forward.pt2` and, of a causal encoder, `step.pt2`; the files.
 
     config: what `encoder` was made with. Takes half a minute or more, and a C++ compiler.
     Raises whatever torch raises where it cannot.
     """
+    paths = []
+    for name, program in programs(config, encoder).items():
+        paths.append(folder / name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # torch about its own calls
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(paths[-1]), inductor_configs=OPTIONS
+            )
+    return paths
+
+
+@torch.no_grad()
+def programs(config: Mapping[str, Any], encoder: Encoder) -> dict[str, ExportedProgram]:
+    """What is compiled into each file."""
     chunks, bounds, rows = (
         Dim(name, min=least, max=MOST)
         for name, least in (("K", LEAST_CHUNKS), ("B1", LEAST_OFFSETS), ("rows", LEAST_ROWS))
     )
+
+    def exported(module: Encoder, inputs: list[tuple[Dim, Tensor]]) -> ExportedProgram:
+        module.load_state_dict(encoder.state_dict())
+        sizes, tensors = zip(*[({0: size}, tensor) for size, tensor in inputs], strict=True)
+        return export(module.eval(), tensors, dynamic_shapes=sizes, strict=False)
+
     x_KQD = torch.zeros(4, CHUNK, encoder.width)
-    example = x_KQD, torch.tensor([0, 50, 70, 100]), torch.tensor([49, 69, 99])
-    program = _program(_Forward(**config), encoder, example, (chunks, bounds, rows))
-    paths = [_package(program, folder / FORWARD)]
+    offsets_B1, read_S = torch.tensor([0, 50, 70, 100]), torch.tensor([49, 69, 99])
+    inputs = [(chunks, x_KQD), (bounds, offsets_B1), (rows, read_S)]
+    found = {FORWARD: exported(_Forward(**config), inputs)}
     if encoder.causal:
-        users = torch.zeros(3, encoder.width), torch.zeros(3, encoder.state_numbers)
-        program = _program(_Step(**config), encoder, users, (rows, rows))
-        paths.append(_package(program, folder / STEP))
-    return paths
-
-
-def _program(
-    module: Encoder, encoder: Encoder, example: tuple[Tensor, ...], first_sizes: tuple[Dim, ...]
-) -> torch.export.ExportedProgram:
-    module.load_state_dict(encoder.state_dict())
-    sizes = tuple({0: size} for size in first_sizes)
-    return torch.export.export(module.eval(), example, dynamic_shapes=sizes, strict=False)
-
-
-def _package(program: torch.export.ExportedProgram, path: Path) -> Path:
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs=OPTIONS
-    )
-    return path
+        x_BD, state_BF = torch.zeros(3, encoder.width), torch.zeros(3, encoder.state_numbers)
+        found[STEP] = exported(_Step(**config), [(rows, x_BD), (rows, state_BF)])
+    return found
 
 
 class CompiledEncoder(Encoder):
