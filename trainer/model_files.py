@@ -9,7 +9,7 @@ import torch
 
 from data.bundle import AOTINDUCTOR, MODEL, load_model, with_rows
 from data.compiled import TARGET, WEIGHTS, is_target, load_compiled
-from data.errors import InputError, reason
+from data.errors import InputError
 from modules.encoder import Encoder
 from modules.scorer import Scorer
 
@@ -31,7 +31,7 @@ def _compiled(folder: Path, config: dict[str, Any], encoder: Encoder) -> list[Pa
     # Inductor takes seconds to import, and TorchScript needs none of it.
     from torch._inductor.config import cpp
     from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
     from modules.compiled import compile_encoder
 
@@ -55,10 +55,14 @@ def _compiled(folder: Path, config: dict[str, Any], encoder: Encoder) -> list[Pa
         ) from error
     try:
         return compile_encoder(config, encoder, folder)
-    except CppCompileError as error:
+    except (CppCompileError, InductorError) as error:
+        cause = getattr(error, "inner_exception", error)
+        if not isinstance(cause, CppCompileError):
+            raise
+        said = [line for line in str(cause).splitlines() if "error: " in line]
         raise InputError(
             f"format={AOTINDUCTOR}: the C++ compiler {get_cpp_compiler()} failed "
-            f"({reason(error)}); mend it, {instead}"
+            f"({said[0] if said else 'it does not say why'}); mend it, {instead}"
         ) from error
 
 

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from torch._inductor import config as inductor
+from torch._inductor.exc import CppCompileError, InductorError
 
 from data.bundle import AOTINDUCTOR, Bundle, BundleManifest, sealed
-from data.compiled import FORWARD, STEP, TARGET, WEIGHTS
+from data.compiled import FORWARD, STEP, TARGET, WEIGHTS, is_target
 from data.errors import InputError
 from data.schema import RESERVED_ROWS
 from tests.tools.test_update_states import write_log
@@ -25,6 +27,10 @@ from tools.update_states import UpdateConfig, update
 from trainer.export import ExportConfig, export
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or not is_target() or not hasattr(inductor.cpp, "march"),
+    reason="format=aotinductor needs g++, an x86-64 CPU with AVX2 and torch 2.13",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +40,6 @@ def made() -> Trained:
 
 @pytest.fixture(scope="module")
 def native(made, tmp_path_factory) -> Path:
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler (g++)")
     folder = tmp_path_factory.mktemp("native") / "bundle"
     export(ExportConfig(str(made.run), str(folder), rows="int8", format=AOTINDUCTOR))
     return folder
@@ -236,14 +240,25 @@ def test_damage_that_the_hashes_cannot_show_is_named(native, tmp_path):
 
 def test_where_it_cannot_be_compiled(made, monkeypatch, tmp_path):
     config = ExportConfig(str(made.run), str(tmp_path / "b"), format=AOTINDUCTOR)
-    with monkeypatch.context() as patch:
-        patch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-        with pytest.raises(InputError, match=r"needs a C\+\+ compiler, .* no g\+\+ here; install"):
-            export(config)
+    compiler = r"needs a C\+\+ compiler, .* no g\+\+ here; install"
+    with (
+        inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(InputError, match=compiler),
+    ):
+        export(config)
     with monkeypatch.context() as patch:
         patch.setattr(platform, "machine", lambda: "aarch64")
         with pytest.raises(InputError, match="compiles for x86_64 CPUs with AVX2, and this machin"):
             export(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(inductor._config["cpp.march"], "hide", True)  # as if it had none
+        with pytest.raises(InputError, match=r"for the CPU that it runs on alone, .* torch 2\.13"):
+            export(config)
+    said = "C++ compile error\nOutput:\na.cpp:1: fatal error: math.h: none\n  1 | #include\n"
+    broken = Mock(side_effect=InductorError(CppCompileError(["g++"], said), None))
+    monkeypatch.setattr("modules.compiled.compile_encoder", broken)
+    with pytest.raises(InputError, match=r"compiler .* \(a.cpp:1: .* math.h: none\); mend it, or"):
+        export(config)
     assert not (tmp_path / "b").exists()
     with pytest.raises(InputError, match=r"format=onnx is unknown; choose torchscript \| aotin"):
         ExportConfig("run", "bundle", format="onnx")
