@@ -13,7 +13,8 @@ Nothing of ours is needed to use one:
     rows, scores = model(items, offsets, 100, True)
 
 forward also takes pairs (item, sequence) to leave out and a mask of allowed rows; a causal model
-has `advance(state, item)`, see modules/scorer.py.
+has `advance(state, item)`, see modules/scorer.py. With format=aotinductor the encoder is native
+code in place of model.pt, see data/compiled.py.
 This module does the same and checks what it reads. It needs torch and pyarrow, not TorchRec.
 """
 
@@ -30,13 +31,24 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from data.compiled import (
+    AOTINDUCTOR,
+    FORWARD,
+    STEP,
+    WEIGHTS,
+    check_allowed,
+    check_runs_here,
+    load_compiled,
+)
 from data.errors import InputError
 from data.schema import MANIFEST, VOCABULARY, sha256_of, write_atomically
 from data.vocabulary import Vocabulary
 
-BUNDLE_VERSION = 3
+BUNDLE_VERSION = 4
 MODEL, ROWS = "model.pt", "rows"
-TOP_LEVEL = (MODEL, ROWS, VOCABULARY, MANIFEST)
+TOP_LEVEL = (MODEL, WEIGHTS, FORWARD, STEP, ROWS, VOCABULARY, MANIFEST)
+TORCHSCRIPT = "torchscript"
+FORMATS = (TORCHSCRIPT, AOTINDUCTOR)
 ROW_FORMATS = ("fp32", "fp16", "int8")
 AGAIN = "export the checkpoint again with trainer.export"
 
@@ -64,6 +76,7 @@ class BundleManifest:
     parity: dict[str, Any]  # the bundle's answers against the trainer's
     versions: dict[str, str]
     encoder_sha256: str  # of its config and tensors
+    compiled_for: dict[str, str] | None = None  # data.compiled.TARGET; TorchScript runs anywhere
     bundle_version: int = BUNDLE_VERSION
 
     def write(self, folder: Path) -> None:
@@ -107,17 +120,23 @@ class BundleManifest:
 
     @property
     def fingerprint(self) -> str:
-        """The model: one hash over encoder, rows and vocabulary.
+        """The model: one hash over encoder, rows and vocabulary, in either format.
 
-        Not over the TorchScript file, which is another one each time that it is written.
+        Not over the code's files, which are others each time that they are written.
         """
-        hashes = [one.sha256 for one in self.files if one.path != MODEL]
+        code = (MODEL, WEIGHTS, FORWARD, STEP)
+        hashes = [one.sha256 for one in self.files if one.path not in code]
         return hashlib.sha256("".join([self.encoder_sha256, *hashes]).encode()).hexdigest()
+
+    @property
+    def format(self) -> str:
+        """One of FORMATS."""
+        return TORCHSCRIPT if self.compiled_for is None else AOTINDUCTOR
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `model` is the scripted `modules.scorer.Scorer` with its rows."""
+    """An opened bundle. `model` is `modules.scorer.Scorer` with its rows, scripted or compiled."""
 
     folder: Path
     manifest: BundleManifest
@@ -126,25 +145,40 @@ class Bundle:
     device: torch.device
 
     @classmethod
-    def open(cls, folder: Path | str, device: torch.device | str, hashes: bool = True) -> "Bundle":
+    def open(
+        cls,
+        folder: Path | str,
+        device: torch.device | str,
+        hashes: bool = True,
+        native_code: bool = False,
+    ) -> "Bundle":
         """Open a bundle. `hashes`: compare every file's content too, not its size alone.
 
+        native_code: also open one of format=aotinductor, which runs code that whoever wrote the
+        bundle chose.
         Raises InputError for a bundle that is absent, unfinished, damaged, or does not fit here.
         """
         folder, device = Path(folder), torch.device(device)
         manifest = BundleManifest.read(folder)
+        if manifest.compiled_for is not None:
+            check_allowed(folder, native_code)
+            made_with = manifest.versions.get("torch", "unknown")
+            check_runs_here(folder, manifest.compiled_for, made_with, device)
         for one in manifest.files:
             _check_file(folder / one.path, one, hashes)
         parts = [folder / one.path for one in manifest.files if one.path.startswith(f"{ROWS}/")]
         try:
-            model = load_model(folder / MODEL, parts, device)
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            if manifest.compiled_for is None:
+                model = load_model(folder / MODEL, parts, device)
+            else:
+                model = with_rows(load_compiled(folder, manifest.model), parts, device)
+        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise InputError(f"bundle {folder} cannot be loaded ({reason}); {AGAIN}") from error
         except pickle.UnpicklingError as error:  # its text advises to load the file unsafely
             raise InputError(
-                f"bundle {folder} cannot be loaded: its rows are not plain tensors, and nothing in "
-                f"them was run; {AGAIN}"
+                f"bundle {folder} cannot be loaded: its rows or weights are not plain tensors, "
+                f"and nothing in them was run; {AGAIN}"
             ) from error
         vocabulary = Vocabulary.read(folder)
         if not model.table_rows == manifest.table_rows == vocabulary.table_rows:
@@ -153,9 +187,10 @@ class Bundle:
                 f"{vocabulary.table_rows}; {AGAIN}"
             )
         if encoder_hash(manifest.model, model.encoder.state_dict()) != manifest.encoder_sha256:
+            of = MODEL if manifest.compiled_for is None else WEIGHTS
             raise InputError(
                 f"{folder / MANIFEST} is damaged: its model or encoder_sha256 is not that of "
-                f"{MODEL}; {AGAIN}"
+                f"{of}; {AGAIN}"
             )
         return cls(folder, manifest, vocabulary, model, device)
 
@@ -267,13 +302,18 @@ def encoder_hash(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_model(model: Path | IO[bytes], parts: Iterable[Path], device: torch.device) -> Any:
-    """The scripted scorer with the rows of `parts` set. On a CPU the rows are mapped, not read."""
+    """The scripted scorer with the rows of `parts`."""
     with warnings.catch_warnings():
         # Deprecated since torch 2.13, and the one format that needs nothing but torch anywhere.
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+.* is deprecated")
         scorer = torch.jit.load(
             str(model) if isinstance(model, Path) else model, map_location=device
         )
+    return with_rows(scorer, parts, device)
+
+
+def with_rows(scorer: Any, parts: Iterable[Path], device: torch.device) -> Any:
+    """The scorer with the rows of `parts` set. On a CPU the rows are mapped, not read."""
     loaded = [
         torch.load(path, weights_only=True, mmap=device.type == "cpu", map_location=device)
         for path in parts

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK = 32  # tokens of the reference's matrix products
+
 
 def sequence_of_tokens(offsets_B1: Tensor, tokens: int) -> Tensor:
     """The sequence that each of `tokens` tokens belongs to, int64 [T]; B for padding."""
@@ -31,27 +33,26 @@ def ssd_reference(
     D_H: Tensor,
     offsets_B1: Tensor,
     read_S: Tensor | None = None,
-    chunk: int = 32,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """The formula above in chunks, y [T, H, P], or [S, H, P] at the tokens `read_S`; TorchScript.
 
     Inside a chunk the sum is a masked matrix product; between chunks one state [N, H, P] is
     carried, and dropped where a sequence ends. Where few tokens are read, less than one a chunk,
-    the products exist for those alone. `dt` is positive already, `A` negative. Computes in fp32,
-    or in fp64 when `x` is.
+    the products exist for those alone; in a program of torch.export, which is one for all sizes,
+    always. `dt` is positive already, `A` negative. Computes in fp32, or in fp64 when `x` is.
     """
     tokens, heads, channels = x_THP.shape
     sequences = offsets_B1.shape[0] - 1
     kind = x_THP.dtype
     if kind != torch.float64:
         kind = torch.float32
-    segment_T = sequence_of_tokens(offsets_B1, tokens)
-
     fill = (chunk - tokens % chunk) % chunk
+    segment_T = sequence_of_tokens(offsets_B1, tokens + fill)
     x_KQHP = F.pad(x_THP.to(kind), (0, 0, 0, 0, 0, fill)).view(-1, chunk, heads, channels)
     dt_KQH = F.pad(dt_TH.to(kind), (0, 0, 0, fill)).view(-1, chunk, heads)
     B_KQN = F.pad(B_TN.to(kind), (0, 0, 0, fill)).view(-1, chunk, B_TN.shape[1])
-    segment_KQ = F.pad(segment_T, (0, fill), value=float(sequences)).view(-1, chunk)
+    segment_KQ = segment_T.view(-1, chunk)
     log_decay_KQH = torch.cumsum(dt_KQH * A_H.to(kind), dim=1)
 
     # Between chunks: what each chunk adds to the state, and how much of the old one it keeps.
@@ -67,7 +68,9 @@ def ssd_reference(
 
     # What is read, R tokens against each of M chunks: all tokens of all chunks, or one by one.
     place_Q = torch.arange(chunk, device=x_THP.device)
-    few = read_S is not None and read_S.shape[0] * chunk <= tokens
+    few = read_S is not None
+    if few and (torch.jit.is_scripting() or not _exporting()):
+        few = read_S is not None and read_S.shape[0] * chunk <= tokens
     if read_S is None or not few:
         C_MRN = F.pad(C_TN.to(kind), (0, 0, 0, fill)).view(-1, chunk, C_TN.shape[1])
         segment_MR, place_MR, x_MRHP = segment_KQ, place_Q.unsqueeze(0), x_KQHP
@@ -110,6 +113,8 @@ def ssd_reference(
 
 def _entering_states(added_KNE: Tensor, kept_KE: Tensor) -> Tensor:
     """The state that each chunk starts from, [K, N, E]: 0, then kept * state + added."""
+    if not torch.jit.is_scripting() and _exporting():
+        return _entering_states_exported(added_KNE, kept_KE)
     # Unbound once: the gradient of indexing by k would fill a tensor of all chunks for each k. What
     # is kept stands beside each channel: as one number a head, broadcast, it would cost ten times.
     added, kept = added_KNE.unbind(0), kept_KE.unbind(0)
@@ -119,6 +124,26 @@ def _entering_states(added_KNE: Tensor, kept_KE: Tensor) -> Tensor:
         entering.append(state_NE)
         state_NE = torch.addcmul(added[k], kept[k], state_NE)
     return torch.stack(entering)
+
+
+@torch.jit.unused
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+@torch.jit.unused
+def _entering_states_exported(added_KNE: Tensor, kept_KE: Tensor) -> Tensor:
+    """`_entering_states` as one node of a program: an unrolled loop would fix the number of chunks,
+    and take minutes to compile."""
+    from torch._higher_order_ops.scan import scan  # there is no public name for it yet
+
+    def following(state_NE: Tensor, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        added_NE, kept_E = chunk
+        # The copy: what a step gives out must not be what it was given.
+        return torch.addcmul(added_NE, kept_E, state_NE), state_NE.clone()
+
+    _, entering_KNE = scan(following, torch.zeros_like(added_KNE[0]), (added_KNE, kept_KE))
+    return entering_KNE
 
 
 def causal_conv_reference(

@@ -16,7 +16,7 @@ from data.bundle import Bundle
 from data.errors import InputError
 from data.schema import RESERVED_ROWS
 from tools.benchmarks.measure import Timer
-from tools.score_histories import TORCHSCRIPT, default_tokens, kernel_scorer
+from tools.score_histories import default_tokens, kernel_scorer
 
 GPU_KERNELS = "bf16"  # the fast way of tools.score_histories on a GPU
 # Events of a history. One long history costs a GPU more than many short ones, and it is where
@@ -40,7 +40,8 @@ class FullPass:
 
 def full_passes(bundle: Bundle) -> list[FullPass]:
     """All ways on the bundle's device, whose item rows may lie in one block afterwards."""
-    passes = [FullPass(TORCHSCRIPT, _seconds_an_event(bundle, TORCHSCRIPT, _by_bundle(bundle)))]
+    own = bundle.manifest.format
+    passes = [FullPass(own, _seconds_an_event(bundle, own, _by_bundle(bundle)))]
     if bundle.device.type == "cuda":
         passes.append(_by_kernels(bundle))
     return passes

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from configs.command import command
-from data.bundle import Bundle
+from data.bundle import AOTINDUCTOR, TORCHSCRIPT, Bundle
 from data.errors import InputError, check_whole
 from data.item_filter import ItemFilter, read_filter
 from data.log_files import LogFiles, find_files
@@ -43,8 +43,8 @@ from trainer.parity import compare
 if TYPE_CHECKING:
     from modules.kernel_scorer import KernelScorer
 
-TORCHSCRIPT = "torchscript"
-KERNELS = (TORCHSCRIPT, "bf16", "fp32")
+OWN = (TORCHSCRIPT, AOTINDUCTOR)  # the bundle's own model, by its format
+KERNELS = (*OWN, "bf16", "fp32")
 # A batch's temporaries should stay in a CPU's cache, and a GPU wants many tokens at once.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 KERNEL_BATCH_TOKENS = 262_144  # of the trainer's kernels, on a GPU
@@ -107,7 +107,17 @@ def score(config: ScoreConfig) -> dict[str, Any] | None:
     started = time.monotonic()
     place = Place.of(config.device)
     # One process looks into every byte; all look at sizes, and torchrun ends all with the first.
-    bundle = Bundle.open(Path(config.bundle), place.device, hashes=place.rank == 0)
+    bundle = Bundle.open(
+        config.bundle,
+        place.device,
+        hashes=place.rank == 0,
+        native_code=config.kernels == AOTINDUCTOR,
+    )
+    if config.kernels == AOTINDUCTOR and bundle.manifest.format != AOTINDUCTOR:
+        raise InputError(
+            f"kernels={AOTINDUCTOR} is for a bundle of that format, and {config.bundle} is "
+            f"{bundle.manifest.format}; leave kernels out"
+        )
     if config.k > bundle.vocabulary.size:
         raise InputError(
             f"k={config.k} is more than the bundle's {bundle.vocabulary.size} items; lower it"
@@ -206,7 +216,7 @@ def launcher(
         )
         return lambda: answer
 
-    if config.kernels == TORCHSCRIPT:
+    if config.kernels in OWN:
         return by_bundle
     scorer = kernel_scorer(bundle, place.device, config.kernels, items.allowed_V)
     _gate(config, dataset, bundle, items, scorer, place.rank == 0)
@@ -281,7 +291,7 @@ def _score_units(
     mine = units[place.rank :: place.size]
     missing = [unit for unit in mine if not (folder.path / unit.name).exists()]
     tokens = config.batch_tokens or default_tokens(config.kernels, place.device.type)
-    in_flight = 0 if config.kernels == TORCHSCRIPT else IN_FLIGHT
+    in_flight = 0 if config.kernels in OWN else IN_FLIGHT
     work = batches(dataset, missing, config.upto, items, tokens)
     with (
         folder.progress(sum(unit.users for unit in mine), place.rank, place.size) as bar,
@@ -296,7 +306,7 @@ def _score_units(
 
 def default_tokens(kernels: str, device: str) -> int:
     """History events scored at once where batch_tokens says nothing. device: cpu | cuda."""
-    if device == "cuda" and kernels != TORCHSCRIPT:
+    if device == "cuda" and kernels not in OWN:
         return KERNEL_BATCH_TOKENS
     return BATCH_TOKENS[device]
 

@@ -58,6 +58,7 @@ class UpdateConfig:
     bundle: str
     events: str | list[str]
     output: str
+    native_code: bool = False
     states: str | None = None
     numbers: str = "fp32"
     k: int = 0
@@ -79,8 +80,9 @@ class UpdateConfig:
         check_whole("max_bad_rows", self.max_bad_rows, 0)
         if self.threads is not None:
             check_whole("threads", self.threads, 1)
-        if not isinstance(self.exclude_seen, bool):
-            raise InputError(f"exclude_seen={self.exclude_seen} must be true or false")
+        for name in ("exclude_seen", "native_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)} must be true or false")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Report:
 
 def update(config: UpdateConfig) -> Report:
     """Write the new states. Raises InputError for what cannot be read, or is of another model."""
-    bundle = Bundle.open(Path(config.bundle), Place.of(config.device).device)
+    device = Place.of(config.device).device
+    bundle = Bundle.open(Path(config.bundle), device, native_code=config.native_code)
     bundle.new_states(0)  # refuses a bidirectional model before the log is read
     rules = rules_for(
         bundle.manifest.data["options"],

@@ -1,8 +1,8 @@
 """A checkpoint to a bundle: python -m trainer.export checkpoint=RUN_DIR output=BUNDLE rows=fp32
 
-The encoder is scripted, the item table is streamed in blocks of rows (memory is one block), and
-the result must answer a probe of real histories as the trainer did before it gets its name. The
-bundle's files: data/bundle.py. Needs no process group and no GPU.
+The encoder is scripted, or compiled (format=aotinductor), the item table is streamed in blocks of
+rows (memory is one block), and the result must answer a probe of real histories as the trainer did
+before it gets its name. The bundle's files: data/bundle.py. Needs no process group and no GPU.
 """
 
 # ruff: noqa: E402
@@ -11,7 +11,6 @@ from configs.environment import check_versions, versions
 check_versions()  # a mismatch would break the imports below
 
 import hashlib
-import io
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -26,16 +25,18 @@ from torch import Tensor
 
 from configs.command import command
 from data.bundle import (
-    MODEL,
+    AOTINDUCTOR,
+    FORMATS,
     ROW_FORMATS,
     ROWS,
     TOP_LEVEL,
+    TORCHSCRIPT,
     BundleFile,
     BundleManifest,
     encoder_hash,
-    load_model,
     sealed,
 )
+from data.compiled import TARGET
 from data.errors import InputError, check_whole, reason
 from data.output_folder import new_folder
 from data.reader import HistoryDataset
@@ -46,6 +47,7 @@ from modules.scorer import Scorer, quantise
 from trainer.checkpoint import CONFIG, PROBE, find, read_state
 from trainer.checkpoint_files import Planner, Reader, find_damage
 from trainer.config import ModelConfig, completed
+from trainer.model_files import load_written, write_model
 from trainer.parity import QUALITY_USERS, Parity, compare, held_out_ndcg
 from trainer.stored_rows import StoredTable
 
@@ -59,14 +61,18 @@ class ExportConfig:
     checkpoint: str
     output: str
     rows: str = "fp32"
+    format: str = TORCHSCRIPT
     data_path: str | None = None
     min_agreement: float = 0.95
     block_bytes: int = 1 << 28
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.rows not in ROW_FORMATS:
-            raise InputError(f"rows={self.rows} is unknown; choose {' | '.join(ROW_FORMATS)}")
+        for name, choices in (("rows", ROW_FORMATS), ("format", FORMATS)):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{name}={getattr(self, name)} is unknown; choose {' | '.join(choices)}"
+                )
         if not isinstance(self.min_agreement, int | float) or not 0 <= self.min_agreement <= 1:
             raise InputError(f"min_agreement={self.min_agreement} is outside [0, 1]")
         check_whole("block_bytes", self.block_bytes, 1)
@@ -94,17 +100,17 @@ def export(config: ExportConfig) -> BundleManifest:
     source = open_source(Path(config.checkpoint), config.data_path)
     encoder = load_encoder(source)
     with new_folder(Path(config.output), TOP_LEVEL, config.overwrite) as folder:
-        (folder / MODEL).write_bytes(scripted(encoder))
+        code = write_model(folder, config.format, source.config["model"], encoder)
         parts = write_rows(folder, source.table.blocks(config.block_bytes), config.rows)
         shutil.copyfile(source.data / VOCABULARY, folder / VOCABULARY)
-        model = load_model(folder / MODEL, parts, torch.device("cpu"))
+        model = load_written(folder, config.format, source.config["model"], parts)
         parity = compare(model, _probe(source.folder))
         print(f"parity over {parity}")
         if config.rows != "fp32":
             _report_loss(source, encoder, model, config)
         _judge(parity, config)
-        files = [sealed(folder, path) for path in (folder / MODEL, *parts, folder / VOCABULARY)]
-        manifest = _manifest(source, encoder, config.rows, parity, files)
+        files = [sealed(folder, path) for path in (*code, *parts, folder / VOCABULARY)]
+        manifest = _manifest(source, encoder, config, parity, files)
         manifest.write(folder)
     return manifest
 
@@ -182,17 +188,6 @@ def load_encoder(source: Source) -> Encoder:
     return encoder.eval()
 
 
-def scripted(encoder: Encoder) -> bytes:
-    """The scorer as TorchScript, without rows."""
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # torch.jit is deprecated since 2.13 and works; what it is wanted for, a model that loads
-        # with torch alone on CPU and CUDA, torch.export gives only compiled for one device.
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+.* is deprecated")
-        torch.jit.save(torch.jit.script(Scorer(encoder)), buffer)
-    return buffer.getvalue()
-
-
 def write_rows(folder: Path, blocks: Iterable[Tensor], kind: str) -> list[Path]:
     """Write `rows/part-NNNNN.pt`, a file a block; the files in order."""
     (folder / ROWS).mkdir()
@@ -245,13 +240,17 @@ def _judge(parity: Parity, config: ExportConfig) -> None:
 
 
 def _manifest(
-    source: Source, encoder: Encoder, rows: str, parity: Parity, files: list[BundleFile]
+    source: Source,
+    encoder: Encoder,
+    config: ExportConfig,
+    parity: Parity,
+    files: list[BundleFile],
 ) -> BundleManifest:
     state = read_state(source.folder)
     figures = [one for one in state.evaluations if one["step"] == state.step]
     return BundleManifest(
         files=files,
-        rows=rows,
+        rows=config.rows,
         table_rows=source.table.rows,
         model=source.config["model"],
         data={
@@ -275,6 +274,7 @@ def _manifest(
         parity=asdict(parity),
         versions=versions(),
         encoder_sha256=encoder_hash(source.config["model"], encoder.state_dict()),
+        compiled_for=TARGET if config.format == AOTINDUCTOR else None,
     )
 
 

@@ -35,7 +35,8 @@ from tools.benchmarks.measure import Floor, Times
 from tools.benchmarks.passes import new_encoder
 from tools.score_histories import KERNEL_BATCH_TOKENS, TORCHSCRIPT, ScoreConfig, score
 from trainer.config import ModelConfig
-from trainer.export import scripted, write_rows
+from trainer.export import write_rows
+from trainer.model_files import scripted
 
 K = 100
 BLOCK_BYTES = 1 << 28  # of a rows file, as trainer.export cuts them

@@ -18,7 +18,7 @@ from tools.benchmarks.measure import Floor
 from tools.benchmarks.passes import new_encoder
 from tools.full_pass import WARM_UP
 from trainer.config import ModelConfig
-from trainer.export import scripted
+from trainer.model_files import scripted
 
 LENGTHS = (200, 2_000, 20_000)
 ITEMS, K = 10_000, 100
