@@ -48,9 +48,9 @@ KERNELS = (*OWN, "bf16", "fp32")
 # A batch's temporaries should stay in a CPU's cache, and a GPU wants many tokens at once.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 KERNEL_BATCH_TOKENS = 262_144  # of the trainer's kernels, on a GPU
-IN_FLIGHT = 2  # batches that a GPU has to do beside the one whose answer is waited for
-BATCHES_AHEAD = 2  # that the reading thread holds ready
-WRITERS = {"cpu": 1, "cuda": 4}  # threads
+IN_FLIGHT = 4  # batches that a GPU has to do beside the one whose answer is waited for
+BATCHES_AHEAD = 4  # that the reading thread holds ready
+WRITERS = {"cpu": 1, "cuda": 8}  # threads
 GATE_TOKENS, GATE_ITEMS = 65_536, 100  # at most, of the comparison before kernels are used
 LOG_OPTIONS = ("max_bad_rows", "row_group_events", "memory_limit", "threads")  # of a raw log alone
 GROUPED = "grouped"  # a raw log's histories, inside the output while it is unfinished
