@@ -25,6 +25,7 @@ LOADED = "loaded"  # its table
 READ_ROWS = 1 << 17  # rows that pass from DuckDB at a time
 MARKED_EVENTS = "marked_events"  # events with the mark of a repeat
 SORT_SHARE = 0.5  # of the memory limit, for the rows of a sort; joins and tables get the rest
+FEATURE_BYTES = 32  # of a row in a sort: short text; a wrong guess spills, or scans once more
 MOST_SORTS = 16  # each scans the table; beyond, a sixteenth of the rows spills at a time
 
 
@@ -88,8 +89,8 @@ class Events(Protocol):
     def view(self, name: str, query: str) -> None:
         """Create or replace a view of events."""
 
-    def keep(self, name: str, query: str) -> None:
-        """Create a table of events."""
+    def keep(self, name: str, *queries: str) -> None:
+        """Create a table of events from the rows of queries, run one after the other."""
 
     def drop(self, name: str) -> None:
         """Drop a table of events, if it is there; its views must not be read again."""
@@ -149,8 +150,10 @@ class LocalEvents:
     def view(self, name: str, query: str) -> None:
         self.connection.execute(f"CREATE OR REPLACE VIEW {name} AS {query}")
 
-    def keep(self, name: str, query: str) -> None:
-        self.connection.execute(f"CREATE TABLE {name} AS {query}")
+    def keep(self, name: str, *queries: str) -> None:
+        for number, query in enumerate(queries):
+            into = f"INSERT INTO {name}" if number else f"CREATE TABLE {name} AS"
+            self.connection.execute(f"{into} {query}")
 
     def drop(self, name: str) -> None:
         self.connection.execute(f"DROP TABLE IF EXISTS {name}")

@@ -18,16 +18,14 @@ import pyarrow as pa
 
 from data.engine import one_row, quoted_path
 from data.errors import InputError
-from data.events import READ_ROWS, Events, Rows
+from data.events import FEATURE_BYTES, READ_ROWS, Events, Rows
 from data.k_core import USER_COUNTS
 from data.log_query import payload
 from data.schema import VOCABULARY
 from data.split import Split
 
 MOST_EVENTS = 2**31 - 1  # of a table: its lists have 32-bit offsets
-# In a sort: the key (place, time, seq, item in 4 to 8 bytes each, padded), and a feature, where
-# one string of no great length is meant. A wrong guess makes the sort spill, or scan once more.
-KEY_BYTES, FEATURE_BYTES = 32, 32
+KEY_BYTES = 32  # of an event in the sort: place, time, seq, item in 4 to 8 bytes each, padded
 # Users of a shard are spread by this odd multiplier (2^32 over the golden ratio): any stretch of
 # a shard, so any row group, then holds the same mix of long and short histories.
 SPREAD = 2_654_435_769

@@ -146,8 +146,8 @@ class SparkEvents:
     def view(self, name: str, query: str) -> None:
         self.session.sql(query).createOrReplaceTempView(name)
 
-    def keep(self, name: str, query: str) -> None:
-        self._show(name, self._write(name, query))
+    def keep(self, name: str, *queries: str) -> None:
+        self._show(name, self._write(name, " UNION ALL ".join(queries)))
 
     def drop(self, name: str) -> None:
         if name in self._tables:

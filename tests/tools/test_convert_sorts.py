@@ -51,15 +51,22 @@ def test_rows_run_on_through_readers_and_ask_for_one_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("features", [(), ("price", "name")])
-@pytest.mark.parametrize("kind", [int, str])
+@pytest.mark.parametrize(
+    ("kind", "deduplicate"), [(int, "none"), (str, "consecutive"), (int, "user_item")]
+)
 def test_bytes_do_not_depend_on_the_sorts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], kind: type
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    features: tuple[str, ...],
+    kind: type,
+    deduplicate: str,
 ) -> None:
     draw = random.Random(1)
     extra = {"price": [draw.random() for _ in range(900)]}
     names = [draw.choice(["", "ü" * 40, None]) for _ in range(900)]
     log = write(tmp_path / "log.parquet", some_events(6, 900, kind), **extra, name=names)
-    options = {"features": features, "shards": 3, "row_group_events": 50, "min_item_events": 2}
+    options = {"features": features, "deduplicate": deduplicate}
+    options |= {"shards": 3, "row_group_events": 50, "min_item_events": 2}
     run(log, tmp_path / "one", **options)
     monkeypatch.setattr(events, "SORT_SHARE", 1e-7)  # 400 bytes
     run(log, tmp_path / "many", **options)
