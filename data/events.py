@@ -5,7 +5,9 @@ a DuckDB of this process, `connection`. The SQL over events is of the kind that 
 column names, no `SELECT *`, `FILTER (WHERE …)`, and never a window over all users.
 """
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,15 +24,23 @@ LOG_EVENTS = "log_events"  # what was read, as a view
 LOADED = "loaded"  # its table
 READ_ROWS = 1 << 17  # rows that pass from DuckDB at a time
 MARKED_EVENTS = "marked_events"  # events with the mark of a repeat
+SORT_SHARE = 0.5  # of the memory limit, for the rows of a sort; joins and tables get the rest
+FEATURE_BYTES = 32  # of a row in a sort: short text; a wrong guess spills, or scans once more
+MOST_SORTS = 16  # each scans the table; beyond, a sixteenth of the rows spills at a time
 
 
 class Rows:
-    """A stream of record batches, read by row counts."""
+    """Streams of record batches of one schema, one after the other, read by row counts.
 
-    def __init__(self, reader: pa.RecordBatchReader) -> None:
-        self.reader, self.types = reader, reader.schema.types
+    A reader is only asked for once the one before it has ended.
+    """
+
+    def __init__(self, readers: Iterator[pa.RecordBatchReader]) -> None:
+        first = next(readers)
+        self.types = first.schema.types
+        self.batches = itertools.chain(first, itertools.chain.from_iterable(readers))
         self.batch = pa.RecordBatch.from_arrays(
-            [pa.array([], kind) for kind in self.types], schema=reader.schema
+            [pa.array([], kind) for kind in self.types], schema=first.schema
         )
 
     def take(self, rows: int) -> pa.RecordBatch:
@@ -39,7 +49,7 @@ class Rows:
         while rows > self.batch.num_rows:
             parts.append(self.batch)
             rows -= self.batch.num_rows
-            self.batch = next(self.reader)
+            self.batch = next(self.batches)
         parts.append(self.batch.slice(0, rows))
         self.batch = self.batch.slice(rows)
         return pa.concat_batches([part for part in parts if part.num_rows] or parts[:1])
@@ -79,8 +89,8 @@ class Events(Protocol):
     def view(self, name: str, query: str) -> None:
         """Create or replace a view of events."""
 
-    def keep(self, name: str, query: str) -> None:
-        """Create a table of events."""
+    def keep(self, name: str, *queries: str) -> None:
+        """Create a table of events from the rows of queries, run one after the other."""
 
     def drop(self, name: str) -> None:
         """Drop a table of events, if it is there; its views must not be read again."""
@@ -94,8 +104,14 @@ class Events(Protocol):
     def lend(self, name: str) -> None:
         """Let queries over events read a table or view of `connection` as it is now."""
 
-    def rows(self, query: str) -> Rows:
-        """The rows of a query over events, in its order, out of core."""
+    def sorts(self, rows: int, row_bytes: int) -> int:
+        """How many sorts `rows` rows are best cut into, so that each fits in memory."""
+
+    def rows(self, *queries: str) -> Rows:
+        """The rows of queries over events, one query after the other, out of core.
+
+        Each gives its rows in its order, and runs once those of the one before it are read.
+        """
 
     def progress(self) -> float:
         """The percentage of the work in hand that is done; negative where it is not known."""
@@ -134,8 +150,10 @@ class LocalEvents:
     def view(self, name: str, query: str) -> None:
         self.connection.execute(f"CREATE OR REPLACE VIEW {name} AS {query}")
 
-    def keep(self, name: str, query: str) -> None:
-        self.connection.execute(f"CREATE TABLE {name} AS {query}")
+    def keep(self, name: str, *queries: str) -> None:
+        for number, query in enumerate(queries):
+            into = f"INSERT INTO {name}" if number else f"CREATE TABLE {name} AS"
+            self.connection.execute(f"{into} {query}")
 
     def drop(self, name: str) -> None:
         self.connection.execute(f"DROP TABLE IF EXISTS {name}")
@@ -149,8 +167,14 @@ class LocalEvents:
     def lend(self, name: str) -> None:
         pass  # the events lie beside it
 
-    def rows(self, query: str) -> Rows:
-        return Rows(self.connection.sql(query).to_arrow_reader(READ_ROWS))
+    def sorts(self, rows: int, row_bytes: int) -> int:
+        limit = scalar(
+            self.connection, "SELECT parse_formatted_bytes(current_setting('memory_limit'))"
+        )
+        return min(max(1, -(-rows * row_bytes // int(limit * SORT_SHARE))), MOST_SORTS)
+
+    def rows(self, *queries: str) -> Rows:
+        return Rows(self.connection.sql(query).to_arrow_reader(READ_ROWS) for query in queries)
 
     def progress(self) -> float:
         return float(self.connection.query_progress())

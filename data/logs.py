@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 
 from data.bad_rows import collect_bad_rows, count_bad_rows, example
 from data.errors import InputError
-from data.events import LOADED, LOG_EVENTS, MARKED_EVENTS, Events
+from data.events import FEATURE_BYTES, LOADED, LOG_EVENTS, MARKED_EVENTS, Events
 from data.log_files import LogFiles
 from data.log_query import FILTERED, LogRules, event_columns
 
 EARLIER_EVENTS = "earlier_events"  # a table of data.append: events of an older data set
+MARKED_BYTES = 48  # of an event in the engine's window over its user's events
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def drop_repeats(events: Events, rules: LogRules) -> int:
 
     consecutive: an event whose item is also that of the user's event before it is dropped.
     user_item: every event but the first of a (user, item) pair is dropped.
-    What was dropped is the view `repeats`, of the same columns.
+    What was dropped is the view `repeats`, of the same columns. Some users at a time, so that next
+    to nothing spills.
     """
     columns = event_columns(rules.features)
     if rules.deduplicate == "none":
@@ -88,7 +90,13 @@ def drop_repeats(events: Events, rules: LogRules) -> int:
             "IS DISTINCT FROM item_id",
             "user_item": f"row_number() OVER (PARTITION BY user_id, item_id {order}) = 1",
         }[rules.deduplicate]
-        events.keep(MARKED_EVENTS, f"SELECT {columns}, {kept} AS kept FROM events")
+        row_bytes = MARKED_BYTES + FEATURE_BYTES * len(rules.features)
+        sorts = events.sorts(events.count("events"), row_bytes)
+        marked = (
+            f"SELECT {columns}, {kept} AS kept FROM events WHERE hash(user_id) % {sorts} = {part}"
+            for part in range(sorts)
+        )
+        events.keep(MARKED_EVENTS, *marked)
         for view, condition in (("events", "kept"), ("repeats", "NOT kept")):
             events.view(view, f"SELECT {columns} FROM {MARKED_EVENTS} WHERE {condition}")
         for table in (LOADED, EARLIER_EVENTS):

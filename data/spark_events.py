@@ -146,8 +146,8 @@ class SparkEvents:
     def view(self, name: str, query: str) -> None:
         self.session.sql(query).createOrReplaceTempView(name)
 
-    def keep(self, name: str, query: str) -> None:
-        self._show(name, self._write(name, query))
+    def keep(self, name: str, *queries: str) -> None:
+        self._show(name, self._write(name, " UNION ALL ".join(queries)))
 
     def drop(self, name: str) -> None:
         if name in self._tables:
@@ -168,9 +168,12 @@ class SparkEvents:
         self.connection.execute(f"COPY (FROM {name}) TO {path} (FORMAT parquet)")
         self._show(name, folder)
 
-    def rows(self, query: str) -> Rows:
-        received = self._received(self._write("rows", query))
-        return Rows(self.connection.sql(received).to_arrow_reader(READ_ROWS))
+    def sorts(self, rows: int, row_bytes: int) -> int:
+        return 1  # its executors cut a sort themselves
+
+    def rows(self, *queries: str) -> Rows:
+        sources = (self._received(self._write("rows", query)) for query in queries)
+        return Rows(self.connection.sql(source).to_arrow_reader(READ_ROWS) for source in sources)
 
     def progress(self) -> float:
         return -1.0
