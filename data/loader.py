@@ -14,7 +14,7 @@ import torch
 
 from data.batch import SequenceBatch
 from data.negatives import Candidates
-from data.packing import PackOrder, Window, assemble, in_steps, masked, to_batch
+from data.packing import PackOrder, Window, assemble, in_steps, masked, reordered, to_batch
 from data.prefetch import NOBODY, Prefetcher, WindowReader
 from data.reader import HistoryDataset
 from data.samples import NO_SAMPLES, LongHistory, Objective, SampleRule
@@ -73,6 +73,7 @@ class TrainingSteps(Prefetcher[Step]):
         batch_tokens: int,
         max_sequences: int,
         mask_ratio: float,
+        reorder_ratio: float = 0.0,
         long_history: LongHistory,
         overlap: int,
         max_history: int | None = None,
@@ -89,7 +90,8 @@ class TrainingSteps(Prefetcher[Step]):
         rule = SampleRule(objective, batch_tokens, long_history, overlap, max_history)
         self.order = PackOrder(dataset, rule, max_sequences, window_tokens, seed)
         self.counts = self.order.counts
-        self.rule, self.candidates, self.mask_ratio = rule, candidates, mask_ratio
+        self.rule, self.candidates = rule, candidates
+        self.mask_ratio, self.reorder_ratio = mask_ratio, reorder_ratio
         self.rank, self.world_size, self.max_epochs = rank, world_size, max_epochs
         # A new thread's current device is 0: pinning there would open a context on another card.
         self._device = torch.cuda.current_device() if pin_memory else None
@@ -151,6 +153,7 @@ class TrainingSteps(Prefetcher[Step]):
             samples = pack.window.pack(pack.number)
         limits = (self.rule.batch_tokens, self.order.max_sequences)
         arrays = assemble(histories, samples, *limits, self.rule.objective == "prefix")
+        arrays = reordered(arrays, self.reorder_ratio, self.order.seed, position)
         arrays = masked(arrays, self.mask_ratio, self.order.seed, position)
         candidates_C, log_counts_C = self.candidates.for_pack(position, arrays.targets_S)
         batch = to_batch(arrays, candidates_C, log_counts_C, step_targets)

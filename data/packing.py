@@ -28,6 +28,7 @@ from data.schema import MASK_ROW, PADDING_ROW
 
 T = TypeVar("T")
 MOST_BATCH_TOKENS = 262_144  # that a long history makes the default batch grow to
+REACH = 3.0  # places: an event passes others that are nearer than this alone
 
 
 def default_batch_tokens(epoch_tokens: int, longest: int) -> int:
@@ -233,6 +234,43 @@ def in_steps(packs: Iterator[T], world_size: int) -> Iterator[list[T]]:
     """The packs of each step over all ranks, in rank order; only the last step may have fewer."""
     while step := list(islice(packs, world_size)):
         yield step
+
+
+def reordered(pack: PackArrays, ratio: float, seed: int, position: int) -> PackArrays:
+    """The pack with the events of some samples, each chosen with probability `ratio`, a little out
+    of order: sorted by their places and a draw from [0, REACH) each.
+
+    Where every token has a target, the last one's moves as well, and each token's is what now
+    follows it; a single target of a sequence stays. Keyed by the pack's position. (In the spirit of
+    the reordered windows of CL4SRec, Xie et al., ICDE 2022.)
+    """
+    if ratio == 0:
+        return pack
+    random = generator(seed, Purpose.REORDERS, position)
+    lengths_B = np.diff(pack.offsets_B1)
+    follows = pack.read_positions_S is None
+    events_B = lengths_B + (follows & (lengths_B > 0))
+    sequence_N = np.arange(len(events_B)).repeat(events_B)
+    chosen_B = random.random(len(events_B), dtype=np.float32) < ratio
+    first_N, last_N = np.zeros((2, len(sequence_N)), dtype=bool)
+    ends_B = np.cumsum(events_B)[events_B > 0]
+    if follows:
+        first_N[ends_B - events_B[events_B > 0]] = True
+        last_N[ends_B - 1] = True
+    event_N = np.empty(len(sequence_N), dtype=np.int64)
+    event_N[~last_N] = pack.items_T[: pack.tokens]
+    event_N[last_N] = pack.targets_S[pack.offsets_B1[1:][lengths_B > 0] - 1] if follows else []
+    place_N = np.arange(len(sequence_N)) + REACH * sequence_N  # so that no two sequences meet
+    place_N += REACH * random.random(len(sequence_N)) * chosen_B[sequence_N]
+    event_N = event_N[np.argsort(place_N, kind="stable")]
+
+    items_T, targets_S = pack.items_T.copy(), pack.targets_S
+    items_T[: pack.tokens] = event_N[~last_N]
+    if follows:
+        targets_S = targets_S.copy()
+        context_T = targets_S[: pack.tokens] == PADDING_ROW
+        targets_S[: pack.tokens] = np.where(context_T, PADDING_ROW, event_N[~first_N])
+    return replace(pack, items_T=items_T, history_T=items_T, targets_S=targets_S)
 
 
 def masked(pack: PackArrays, mask_ratio: float, seed: int, position: int) -> PackArrays:

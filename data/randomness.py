@@ -17,6 +17,7 @@ class Purpose(IntEnum):
     MASKS = 2  # (pack position, 0): which history items are hidden
     NEGATIVES = 3  # (pack position, 0): the drawn candidates
     EVALUATION = 4  # (0, window): the order of evaluation samples
+    REORDERS = 5  # (pack position, 0): which samples change their order, and how
 
 
 def generator(seed: int, purpose: Purpose, first: int, second: int = 0) -> np.random.Generator:

@@ -182,6 +182,7 @@ def training_steps(
         batch_tokens=data.tokens_a_batch,
         max_sequences=data.max_sequences or 1,
         mask_ratio=data.mask_ratio,
+        reorder_ratio=data.reorder_ratio,
         long_history=data.long_history,
         overlap=data.overlap_tokens,
         max_history=data.max_history,

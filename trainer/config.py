@@ -15,7 +15,7 @@ from data.errors import InputError
 
 MAX_STALL_SECONDS = 7200
 # Keys that older runs' stored configs lack, and what that stands for.
-ADDED = {"model": {"repeats": False}, "loss": {"smoothing": 0.0}}
+ADDED = {"model": {"repeats": False}, "loss": {"smoothing": 0.0}, "data": {"reorder_ratio": 0.0}}
 KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
 KERNEL_TAPS = (1, 2, 3, 4)  # of modules.kernels.conv
 KERNEL_WIDTH = 8192  # of modules.kernels.gated_norm, at most
@@ -90,6 +90,7 @@ class DataConfig:
     batch_tokens: int | None
     max_sequences: int | None
     mask_ratio: float
+    reorder_ratio: float
     max_history: int | None
     long_history: Literal["refuse", "windows", "truncate"]
     overlap_tokens: int
@@ -224,6 +225,7 @@ def _check_values(config: Config) -> None:
     for key, share in [
         ("model.dropout", model.dropout),
         ("data.mask_ratio", data.mask_ratio),
+        ("data.reorder_ratio", data.reorder_ratio),
         ("trainer.beta1", train.beta1),
         ("trainer.beta2", train.beta2),
         ("loss.smoothing", config.loss.smoothing),

@@ -62,8 +62,8 @@ def finish(
         "evaluations": state.evaluations,
     }
     write_summary(run.run_dir, summary)
+    print("\n".join(metric_table(summary)), flush=True)  # drawing the report takes a moment
     write_report(run.run_dir)
-    print("\n".join(metric_table(summary)))
     print(f"summary.json and {REPORT} are in {run.run_dir}")
 
 

@@ -190,6 +190,21 @@ def test_masks_and_full_candidates(dataset):
         assert np.array_equal(step.batch.features[CANDIDATES].values(), full.for_pack(0, None)[0])
 
 
+def test_reordered_samples_reach_the_batch_and_keep_their_items(dataset):
+    plain, moved = (steps_of(dataset, mask_ratio=0.0, reorder_ratio=ratio) for ratio in (0.0, 0.9))
+    changed = 0
+    for one, other in zip(plain, moved, strict=True):
+        a, b = (step.batch.features[HISTORY].values().numpy() for step in (one, other))
+        assert np.array_equal(step_events(one), step_events(other))
+        changed += int((a != b).sum())
+    assert changed
+
+
+def step_events(step):
+    """The items and targets of a step; those inside a sequence are both, so each counts once."""
+    return np.unique(np.concatenate([step.batch.items_T.numpy(), step.batch.targets_S.numpy()]))
+
+
 @pytest.mark.parametrize(("window_tokens", "epochs_read"), [(10**9, 1), (90, 2)])
 def test_a_small_data_set_is_read_once_and_a_large_one_once_an_epoch(
     dataset, monkeypatch, window_tokens, epochs_read

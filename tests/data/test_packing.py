@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 from data.cutting import cut_packs
 from data.errors import InputError
 from data.packing import (
+    REACH,
     PackOrder,
     assemble,
     default_max_sequences,
     in_steps,
     masked,
+    reordered,
 )
 from data.reader import HistoryDataset
 from data.samples import NO_SAMPLES, SampleRule
-from data.schema import MASK_ROW, PADDING_ROW
+from data.schema import MASK_ROW, PADDING_ROW, RESERVED_ROWS
 from tests.data.datasets import random_histories, write_dataset
 
 
@@ -220,6 +222,72 @@ def test_masks_hide_the_given_share_of_items_and_no_target(tmp_path):
     assert np.array_equal(some.items_T, items)
     assert np.array_equal(some.targets_S, targets)
     assert not np.array_equal(some.history_T, other.history_T)
+
+
+def reordering_case(tmp_path, read_last, users=400):
+    """A pack of histories of 2 to 30 events, whose items are all different."""
+    lengths = np.random.default_rng(1).integers(2, 31, users)
+    ends = RESERVED_ROWS + np.cumsum(lengths)
+    histories = [[*range(end - n, end)] for n, end in zip(lengths.tolist(), ends, strict=True)]
+    dataset = HistoryDataset(write_dataset(tmp_path, histories))
+    samples = SampleRule("prefix" if read_last else "causal", 16_384).samples(dataset.n_train_U)
+    few = samples.take(np.arange(min(len(samples), 600)))
+    return assemble(dataset.read(0), few, 16_384, 640, read_last)
+
+
+def sequences_of(pack):
+    """Items and last target of each sequence."""
+    bounds = pack.offsets_B1.tolist()
+    return [
+        [*pack.items_T[a:b].tolist(), int(pack.targets_S[b - 1])]
+        for a, b in pairwise(bounds)
+        if b > a
+    ]
+
+
+def test_events_change_places_with_near_ones_and_targets_follow(tmp_path):
+    pack = reordering_case(tmp_path, False)
+    kept = pack.items_T.copy(), pack.targets_S.copy()
+    changed = reordered(pack, 0.5, seed=1, position=5)
+    before, after = sequences_of(pack), sequences_of(changed)
+    long = [len(one) > 5 for one in before]
+    moved = [a != b for a, b in zip(before, after, strict=True)]
+    assert abs(np.mean(np.array(moved)[long]) - 0.5) < 0.12  # some of the chosen stay by chance
+    for a, b in zip(before, after, strict=True):
+        places = [a.index(item) for item in b]
+        assert sorted(places) == [*range(len(a))]
+        assert max(abs(place - i) for i, place in enumerate(places)) < REACH
+    used = changed.tokens
+    inside = np.diff(np.repeat(np.arange(640), np.diff(changed.offsets_B1))) == 0
+    assert np.array_equal(changed.targets_S[: used - 1][inside], changed.items_T[1:used][inside])
+    assert changed.history_T is changed.items_T
+    assert not changed.items_T[used:].any()
+    assert not changed.targets_S[used:].any()
+    assert np.array_equal(pack.items_T, kept[0])
+    assert np.array_equal(pack.targets_S, kept[1])
+    again, other = (reordered(pack, 0.5, seed=1, position=p) for p in (5, 6))
+    assert np.array_equal(again.items_T, changed.items_T)
+    assert not np.array_equal(other.items_T, changed.items_T)
+    assert reordered(pack, 0.0, seed=1, position=5) is pack
+
+
+def test_the_target_of_a_prefix_stays(tmp_path):
+    pack = reordering_case(tmp_path, True)
+    changed = reordered(pack, 0.9, seed=1, position=5)
+    assert np.array_equal(changed.targets_S, pack.targets_S)
+    assert not np.array_equal(changed.items_T, pack.items_T)
+    for a, b in pairwise(pack.offsets_B1.tolist()):
+        assert sorted(changed.items_T[a:b].tolist()) == pack.items_T[a:b].tolist()
+
+
+def test_tokens_without_a_target_have_none_after_reordering(tmp_path):
+    dataset = HistoryDataset(write_dataset(tmp_path, [[*range(8, 200)]]))
+    samples = SampleRule("causal", 64, "windows", 32).samples(dataset.n_train_U)
+    pack = assemble(dataset.read(0), samples, 512, 16, False)
+    changed = reordered(pack, 0.9, seed=1, position=5)
+    context = pack.targets_S == PADDING_ROW
+    assert context[: pack.tokens].any()
+    assert np.array_equal(changed.targets_S == PADDING_ROW, context)
 
 
 def test_packs_are_dealt_to_ranks_in_order():

@@ -283,7 +283,8 @@ def test_damaged_config_of_a_run_is_named(two, text):
 
 
 def test_a_run_of_before_goes_on_with_what_its_missing_keys_stood_for(tmp_path):
-    now = {"model": {"width": 8, "repeats": False}, "loss": {"smoothing": 0.0}, "seed": 1}
+    added = {"loss": {"smoothing": 0.0}, "data": {"reorder_ratio": 0.0}}
+    now = {"model": {"width": 8, "repeats": False}, "seed": 1, **added}
     before = {"model": {"width": 8}, "seed": 1}
     _compare(tmp_path, before, now)
     now["model"]["repeats"] = True

@@ -87,11 +87,16 @@ def test_config_is_frozen():
 
 
 def test_a_config_of_before_has_what_its_missing_keys_stood_for():
-    now = {"model": {"width": 8, "repeats": True}, "loss": {"kind": "full", "smoothing": 0.1}}
+    now = {
+        "model": {"width": 8, "repeats": True},
+        "loss": {"kind": "full", "smoothing": 0.1},
+        "data": {"reorder_ratio": 0.5},
+    }
     assert completed(now) == now
     before = {"model": {"width": 8}, "loss": {"kind": "full"}, "seed": 1}
     assert completed(before) == {
         "model": {"width": 8, "repeats": False},
         "loss": {"kind": "full", "smoothing": 0.0},
+        "data": {"reorder_ratio": 0.0},
         "seed": 1,
     }
