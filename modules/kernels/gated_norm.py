@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float32)
-PROGRAMS = 528  # of a backward: four a multiprocessor of an H100
-FORWARD_TILE, BACKWARD_TILE = 2048, 1024  # elements, by 128 threads
+PROGRAMS = 1056  # of a backward: eight a multiprocessor of an H100
+FORWARD_TILE, BACKWARD_TILE = 2048, 512  # elements, by 128 threads
 MAX_WIDTH = 8192
 
 
