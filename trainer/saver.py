@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -40,8 +41,9 @@ class Saver:
     """Writes a run's checkpoints and deletes what is neither among the newest `keep` nor the best.
 
     With `asynchronous`, a save holds training up only for the copy of the state to host memory; a
-    thread writes it. Every method is collective. A save that fails, for a full disk say, ends
-    nothing: it is said, and the checkpoints before it stay.
+    thread writes it. The copy's memory is kept for the next one: getting new pages takes several
+    times as long as filling them. Every method is collective. A save that fails, for a full disk
+    say, ends nothing: it is said, and the checkpoints before it stay.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Saver:
         # The thread needs collectives of its own beside those of the steps.
         self._group = dist.new_group(backend="gloo") if asynchronous else None
         self._executor = _writer_thread(world) if asynchronous else None
+        self._copy: dict[str, Any] = {}
         self._written = before
         self._pending: tuple[RunState, Future[str | None]] | None = None
 
@@ -78,7 +81,8 @@ class Saver:
         """
         tensors = state_tensors(self._sharded)
         if self._executor is not None:
-            written = self._executor.submit(self._write, host_copy(tensors), state, probe)
+            self._copy = host_copy(tensors, self._copy)
+            written = self._executor.submit(self._write, self._copy, state, probe)
         else:
             written = Future()
             written.set_result(self._write(tensors, state, probe))
@@ -219,10 +223,14 @@ def _cause(error: BaseException) -> str:
     return reason(error)
 
 
-def host_copy(value: Any) -> Any:
-    """Nested dicts of tensors, copied to host memory; a ShardedTensor's local shards are."""
+def host_copy(value: Any, kept: Any = None) -> Any:
+    """Nested dicts of tensors, copied to host memory; a ShardedTensor's local shards are.
+
+    kept: an earlier copy, whose tensors are written anew where they have the same shape and dtype.
+    """
     if isinstance(value, dict):
-        return {name: host_copy(one) for name, one in value.items()}
+        earlier = kept if isinstance(kept, dict) else {}
+        return {name: host_copy(one, earlier.get(name)) for name, one in value.items()}
     if isinstance(value, ShardedTensor):
         metadata = value.metadata()
         copied = ShardedTensor.__new__(
@@ -235,18 +243,23 @@ def host_copy(value: Any) -> Any:
             requires_grad=False,
         )
         copied.__dict__.update(value.__dict__)
-        copied._local_shards = [_host_shard(one) for one in value.local_shards()]
+        shards = value.local_shards()
+        earlier_shards = kept.local_shards() if isinstance(kept, ShardedTensor) else []
+        pairs = zip_longest(shards, earlier_shards[: len(shards)])
+        copied._local_shards = [_host_shard(one, earlier) for one, earlier in pairs]
         return copied
     if isinstance(value, Tensor):
+        if isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (value.shape, value.dtype):
+            return kept.copy_(value.detach())
         return value.detach().to("cpu", copy=True)
     return value
 
 
-def _host_shard(shard: Shard) -> Shard:
+def _host_shard(shard: Shard, kept: Shard | None) -> Shard:
     """The shard with its values in host memory, its metadata as they are: a new `Shard` would
     refuse values that are not on the device of its placement."""
     copied = copy(shard)
-    copied.tensor = host_copy(shard.tensor)
+    copied.tensor = host_copy(shard.tensor, None if kept is None else kept.tensor)
     return copied
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from data.errors import InputError
 from modules.losses import FullSoftmax
@@ -23,10 +24,11 @@ from trainer.checkpoint import (
     list_checkpoints,
     load,
     require_best,
+    state_tensors,
 )
 from trainer.checkpoint_files import MANIFEST, METADATA, Planner, Reader, find_damage
 from trainer.run_folder import _compare, _compare_last_start, newest_whole
-from trainer.saver import Saver
+from trainer.saver import Saver, host_copy
 
 
 @pytest.fixture
@@ -243,6 +245,32 @@ def test_asynchronous_save_holds_the_state_of_its_step(tmp_path, sharded, one_ra
     for one, value in zip(sharded.recommender.encoder.parameters(), before, strict=True):
         assert torch.equal(one, value)
     assert torch.equal(sharded.recommender.table.state_dict()[name].local_shards()[0].tensor, kept)
+
+
+def test_the_next_copy_takes_the_memory_of_the_last(sharded):
+    first = host_copy(state_tensors(sharded))
+    with torch.no_grad():
+        for one in sharded.recommender.encoder.parameters():
+            one.add_(1.0)
+    state = state_tensors(sharded)
+    places = {name: one.data_ptr() for name, one in tensors_of(first).items()}
+    second = host_copy(state, first)
+    now = tensors_of(state)
+    for name, one in tensors_of(second).items():
+        assert torch.equal(one, now[name])
+        assert one.data_ptr() == places[name] != now[name].data_ptr()
+    wider = host_copy({"a": torch.ones(3)}, {"a": torch.zeros(2), "b": torch.zeros(2)})
+    assert {name: one.tolist() for name, one in wider.items()} == {"a": [1.0, 1.0, 1.0]}
+
+
+def tensors_of(value, name=""):
+    """All tensors of a state by their paths, those of local shards for a ShardedTensor."""
+    if isinstance(value, dict):
+        parts = [tensors_of(one, f"{name}/{key}") for key, one in value.items()]
+        return {key: one for part in parts for key, one in part.items()}
+    if isinstance(value, ShardedTensor):
+        return {f"{name}/{i}": one.tensor for i, one in enumerate(value.local_shards())}
+    return {name: value} if isinstance(value, torch.Tensor) else {}
 
 
 def test_newest_and_the_best_of_each_are_kept(tmp_path, sharded, one_rank, said):
