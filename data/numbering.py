@@ -21,6 +21,7 @@ from data.schema import (
     sha256_of,
     vocabulary_schema,
 )
+from data.spread import stride
 
 KNOWN_ITEMS, NUMBERED_ITEMS = "known_items", "numbered_items"
 
@@ -88,18 +89,21 @@ def unseen_items(connection: duckdb.DuckDBPyConnection) -> int:
 def number_items(connection: duckdb.DuckDBPyConnection, known: int) -> int:
     """Create NUMBERED_ITEMS(item_id, item), and `vocabulary` of those that ITEM_COUNTS keeps.
 
-    The `known` items of KNOWN_ITEMS keep their rows, kept or not. The others follow, most training
-    events first (all events under leave-one-out), equally frequent ones by raw id. Returns how
-    many items there are.
+    The `known` items of KNOWN_ITEMS keep their rows, kept or not. The others follow, numbered from
+    the one of most training events (all events under leave-one-out; equally frequent ones by raw
+    id) by `data.spread`: a shard is a run of rows, and so each serves its share of the lookups.
+    Returns how many items there are.
     """
     new = f"ANTI JOIN {KNOWN_ITEMS} USING (item_id)" if known else ""
     connection.execute(
         f"CREATE TABLE new_items AS SELECT item_id FROM {ITEM_COUNTS} {new} "
         "ORDER BY trained DESC, item_id"
     )
-    items = known + int(scalar(connection, "SELECT count(*) FROM new_items"))
-    kind = "INTEGER" if items + RESERVED_ROWS < 2**31 else "BIGINT"
-    rows = f"SELECT item_id, (rowid + {RESERVED_ROWS + known})::{kind} AS item FROM new_items"
+    appended = int(scalar(connection, "SELECT count(*) FROM new_items"))
+    items = known + appended
+    kind, wide = ("INTEGER", "BIGINT") if items + RESERVED_ROWS < 2**31 else ("BIGINT", "HUGEINT")
+    place = f"rowid::{wide} * {stride(appended)} % {max(appended, 1)}"
+    rows = f"SELECT item_id, ({place} + {RESERVED_ROWS + known})::{kind} AS item FROM new_items"
     if known:
         rows = f"SELECT item_id, item::{kind} AS item FROM {KNOWN_ITEMS} UNION ALL {rows}"
     connection.execute(f"CREATE VIEW {NUMBERED_ITEMS} AS {rows}")

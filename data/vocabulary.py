@@ -1,7 +1,7 @@
 """Raw item ids and rows of the item table, both ways, vectorised.
 
-The items of a data set stand in a row behind the reserved rows, most frequent first, so the row of
-an item is its place in the list plus RESERVED_ROWS.
+The items of a data set stand in a row behind the reserved rows, frequent and rare ones mixed, so
+the row of an item is its place in the list plus RESERVED_ROWS.
 """
 
 import hashlib

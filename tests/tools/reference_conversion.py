@@ -1,5 +1,6 @@
 """The conversion written a second time, slowly, from the documentation alone."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ def reference(
     for event in events:
         frequency[event["item"]] += _trains(event, bounds)
     new = [item for item in frequency if item not in known]
-    order = [*known, *sorted(new, key=lambda item: (-frequency[item], item))]
+    order = [*known, *_spread(sorted(new, key=lambda item: (-frequency[item], item)))]
     row = {item: RESERVED + place for place, item in enumerate(order)}
     users, counts = {}, Counter()
     for user in {event["user"] for event in events}:
@@ -40,6 +41,19 @@ def reference(
         items, times = [row[event["item"]] for event in own], [event["time"] for event in own]
         users[user] = (items, times, n_train, n_validation)
     return {"users": users, "vocabulary": [(item, counts[item]) for item in order]}
+
+
+def _spread(items: list[Any]) -> list[Any]:
+    """Place i of n goes to i s mod n, s without common factor with n and the nearest such to n over
+    the golden ratio, the larger of two equally near."""
+    n = len(items)
+    nearest = max(1, round(n * (5**0.5 - 1) / 2))
+    by_distance = sorted(range(1, n + 1), key=lambda s: (abs(s - nearest), -s))
+    step = next((s for s in by_distance if math.gcd(s, n) == 1), 1)
+    placed: list[Any] = [None] * n
+    for i, item in enumerate(items):
+        placed[i * step % n] = item
+    return placed
 
 
 def _trains(event: Event, bounds: tuple[Any, Any] | None) -> bool:

@@ -23,6 +23,7 @@ from data.schema import (
     history_schema,
     vocabulary_schema,
 )
+from data.spread import stride
 from data.synthetic import Process
 
 # MovieLens-1M's shape: users, items, mean, shortest and longest history.
@@ -83,7 +84,8 @@ def write_data_set(
     random = np.random.default_rng(seed)
     lengths = ml1m_lengths(users, random)
     process = Process(events=1, users=1, items=items, seed=seed)
-    items_N = process.zipf(random.random(int(lengths.sum()))) + RESERVED_ROWS
+    ranks_N = process.zipf(random.random(int(lengths.sum())))
+    items_N = ranks_N * stride(items) % items + RESERVED_ROWS
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     times_N = np.arange(len(items_N), dtype=np.int64)
     (folder / HISTORIES).mkdir(parents=True)
