@@ -1,10 +1,11 @@
 """Users' states on the disk: what a causal encoder carries forward, one row a user.
 
     manifest.json             the model that they belong to, counts, sizes and hashes; written last
-    states/part-NNNNN.parquet user_id, state [F], seen, last_items (table rows), last_time, events
+    states/part-NNNNN.parquet user_id, state, seen, last_items (table rows), last_time, events
     scores/part-NNNNN.parquet `data.schema.score_schema`, of those who moved on, where asked for
 
-`state` is `Bundle.new_states`' numbers in fp32 or fp16. `seen` are the distinct items, `last_items`
+`state` is `Bundle.new_states`' F numbers in fp32 or fp16, little-endian, as fixed-size binary:
+Parquet reads a list of numbers many times more slowly. `seen` are the distinct items, `last_items`
 those of the events at `last_time`, `events` how many moved the state.
 
 Legend: U users of a part, F numbers of a state, N events.
@@ -29,9 +30,9 @@ from data.errors import InputError, reason
 from data.reader import concatenated_ranges
 from data.schema import MANIFEST, DataFile, damage, write_atomically
 
-STATES_VERSION = 1
+STATES_VERSION = 2
 STATES, SCORES = "states", "scores"
-NUMBERS: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+NUMBERS: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
 PART_BYTES = 1 << 27  # of a file's states in fp32
 NONE = np.zeros(0, np.int64)
 # Of the states moved on at once: near a CPU, and enough to fill a GPU, where it is a whole file.
@@ -113,8 +114,11 @@ class StatePart:
         )
 
     @classmethod
-    def read(cls, folder: Path, file: DataFile) -> "StatePart":
-        """Raises InputError, naming the file, where it is not what the manifest says."""
+    def read(cls, folder: Path, file: DataFile, kind: str) -> "StatePart":
+        """kind: of the numbers, as the manifest says.
+
+        Raises InputError, naming the file, where it is not what the manifest says.
+        """
         path = folder / file.path
         what = damage(folder, file)
         if what is not None:
@@ -123,11 +127,9 @@ class StatePart:
             table = pq.read_table(path).combine_chunks()
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path} cannot be read ({reason(error)}); copy it again") from error
-        state = table["state"].combine_chunks()
-        numbers = state.flatten().to_numpy().reshape(len(table), state.type.list_size)
         return cls(
             table["user_id"].combine_chunks(),
-            torch.from_numpy(numbers.astype(np.float32)),
+            torch.from_numpy(numbers_of(table["state"], kind).astype(np.float32)),
             _arrays(table["seen"].combine_chunks()),
             _arrays(table["last_items"].combine_chunks()),
             table["last_time"].combine_chunks(),
@@ -137,22 +139,33 @@ class StatePart:
     def write(self, folder: Path, number: int, kind: str) -> DataFile:
         """Raises InputError for states beyond the range of fp16."""
         with np.errstate(over="ignore"):
-            numbers = self.state_UF.numpy().astype(NUMBERS[kind], copy=False)
+            numbers = np.ascontiguousarray(self.state_UF.numpy(), NUMBERS[kind])
         if not np.isfinite(numbers).all():
             raise InputError(f"a state is beyond the range of {kind}; use numbers=fp32")
+        type_of_one = pa.binary(numbers.shape[1] * numbers.itemsize)
+        buffers = [None, pa.py_buffer(numbers)]
         columns = {
             "user_id": self.user_ids,
-            "state": pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), numbers.shape[1]),
+            "state": pa.Array.from_buffers(type_of_one, len(numbers), buffers),
             "seen": _lists(self.seen),
             "last_items": _lists(self.last_items),
             "last_time": self.last_time,
             "events": pa.array(self.events_U),
         }
         path = folder / STATES / f"part-{number:05d}.parquet"
+        kinds = {name: "none" if name == "state" else "lz4" for name in columns}
         pq.write_table(
-            pa.table(columns), path, compression="lz4", use_dictionary=False, write_statistics=False
+            pa.table(columns), path, compression=kinds, use_dictionary=False, write_statistics=False
         )
         return sealed(folder, path)
+
+
+def numbers_of(states: pa.ChunkedArray, kind: str) -> np.ndarray:
+    """A column `state` as numbers [U, F] of a kind of NUMBERS."""
+    state = states.combine_chunks()
+    numbers = np.frombuffer(state.buffers()[1], NUMBERS[kind])
+    per_user = state.type.byte_width // NUMBERS[kind].itemsize
+    return numbers.reshape(-1, per_user)[state.offset : state.offset + len(state)]
 
 
 def _arrays(lists: pa.ListArray) -> list[np.ndarray]:

@@ -132,7 +132,7 @@ def update(config: UpdateConfig) -> Report:
         writer = _Writer(config, bundle, folder, new, rules.deduplicate)
         if old is not None and old_folder is not None:
             for file in old.parts:
-                writer.old(StatePart.read(old_folder, file))
+                writer.old(StatePart.read(old_folder, file, old.numbers))
         writer.new_users()
         seconds = time.monotonic() - started - writer.seconds_scoring
         counts = {name: grouped.counts[name] for name in ("events_unknown", "events_bad")}

@@ -14,7 +14,7 @@ pytest.importorskip("duckdb")  # which groups the log
 from data.bundle import BundleManifest
 from data.log_query import LogRules
 from data.schema import RESERVED_ROWS
-from data.user_states import TOGETHER_BYTES
+from data.user_states import TOGETHER_BYTES, numbers_of
 from tests.tools.test_score_histories import scores_of
 from tools.benchmarks.inputs import write_data_set
 from tools.benchmarks.scoring import write_bundle
@@ -79,10 +79,7 @@ def test_states_and_scores_are_those_of_a_cpu(bundle, days, tmp_path, monkeypatc
         for name in ("host", "card")
     )
     assert card.drop_columns("state").equals(host.drop_columns("state"))
-    expected, got = (
-        one["state"].combine_chunks().flatten().to_numpy().reshape(len(one), -1)
-        for one in (host, card)
-    )
+    expected, got = (numbers_of(one["state"], "fp32") for one in (host, card))
     assert len(got) > 600
     assert np.abs(got - expected).max() <= NOISE * np.abs(expected).max()
     assert_same_best(*(scores_of(tmp_path / name / "day1" / "scores") for name in ("host", "card")))

@@ -17,7 +17,7 @@ from data.bundle import Bundle, BundleManifest
 from data.errors import InputError
 from data.log_query import LogRules
 from data.schema import RESERVED_ROWS, DataFile
-from data.user_states import TOGETHER_BYTES, StateManifest, StatePart
+from data.user_states import TOGETHER_BYTES, StateManifest, StatePart, numbers_of
 from tests.tools.test_score_histories import scores_of
 from tests.trained_run import ITEMS, Trained, run_command, trained
 from tools.full_pass import FullPass
@@ -105,7 +105,7 @@ def test_states_move_on_alike_in_pieces_of_any_size(made, days, tmp_path, monkey
         move(made, tmp_path / str(piece), *days)
         (part,) = (tmp_path / str(piece) / "states").iterdir()
         table = pq.read_table(part)
-        found.append(table["state"].combine_chunks().flatten().to_numpy())
+        found.append(numbers_of(table["state"], "fp32"))
         assert len(set(table["events"].to_pylist())) > 5
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-5)
@@ -215,7 +215,7 @@ def test_refusals(made, days, tmp_path):
     refused("exclude_seen=maybe must be true or false", exclude_seen="maybe")
     refused("k=-1 must be a whole number", k=-1)
     refused("holds no finished states", states=str(made.data / "histories"))
-    refused("is not of states version 1", states=str(made.data))
+    refused("is not of states version 2", states=str(made.data))
     path = states / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"fingerprint": "another"}))
@@ -279,7 +279,7 @@ def test_a_part_that_is_no_parquet_is_named(tmp_path):
     part.write_bytes(b"not Parquet")
     file = DataFile(part.name, 1, 11, hashlib.sha256(b"not Parquet").hexdigest())
     with pytest.raises(InputError, match=r"00000\.parquet cannot be read \(.*\); copy it again"):
-        StatePart.read(tmp_path, file)
+        StatePart.read(tmp_path, file, "fp32")
 
 
 @pytest.mark.parametrize(
