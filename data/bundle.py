@@ -174,6 +174,11 @@ class Bundle:
                 model = with_rows(load_compiled(folder, manifest.model), parts, device)
         except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
+            if "out of memory" in reason:
+                raise InputError(
+                    f"bundle {folder} does not fit on {device} ({reason}); use device=cpu, or "
+                    "export it with smaller rows=fp16|int8"
+                ) from error
             raise InputError(f"bundle {folder} cannot be loaded ({reason}); {AGAIN}") from error
         except pickle.UnpicklingError as error:  # its text advises to load the file unsafely
             raise InputError(
@@ -221,6 +226,13 @@ class Bundle:
                 None if allowed_V is None else allowed_V.to(self.device),
             )
         )
+
+    def check_k(self, k: int) -> None:
+        """Raise InputError for more items than there are."""
+        if k > self.vocabulary.size:
+            raise InputError(
+                f"k={k} is more than the bundle's {self.vocabulary.size} items; lower it"
+            )
 
     def new_states(self, users: int) -> Tensor:
         """States of users without an event, fp32 [U, F]. Raises InputError for a model without."""

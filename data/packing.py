@@ -28,7 +28,7 @@ from data.schema import MASK_ROW, PADDING_ROW
 
 T = TypeVar("T")
 MOST_BATCH_TOKENS = 262_144  # that a long history makes the default batch grow to
-REACH = 3.0  # places: an event passes others that are nearer than this alone
+REACH = 3.0  # places: an event passes only others that are nearer than this
 
 
 def default_batch_tokens(epoch_tokens: int, longest: int) -> int:
@@ -238,7 +238,7 @@ def in_steps(packs: Iterator[T], world_size: int) -> Iterator[list[T]]:
 
 def reordered(pack: PackArrays, ratio: float, seed: int, position: int) -> PackArrays:
     """The pack with the events of some samples, each chosen with probability `ratio`, a little out
-    of order: sorted by their places and a draw from [0, REACH) each.
+    of order: sorted by place plus a draw from [0, REACH) each.
 
     Where every token has a target, the last one's moves as well, and each token's is what now
     follows it; a single target of a sequence stays. Keyed by the pack's position. (In the spirit of

@@ -40,10 +40,9 @@ class FullPass:
 
 def full_passes(bundle: Bundle) -> list[FullPass]:
     """All ways on the bundle's device, whose item rows may lie in one block afterwards."""
-    own = bundle.manifest.format
-    passes = [FullPass(own, _seconds_an_event(bundle, own, _by_bundle(bundle)))]
+    passes = [_timed(bundle, bundle.manifest.format, _by_bundle)]
     if bundle.device.type == "cuda":
-        passes.append(_by_kernels(bundle))
+        passes.append(_timed(bundle, GPU_KERNELS, _by_kernels))
     return passes
 
 
@@ -54,14 +53,20 @@ def _by_bundle(bundle: Bundle) -> Encode:
     return encode
 
 
-def _by_kernels(bundle: Bundle) -> FullPass:
+def _by_kernels(bundle: Bundle) -> Encode:
+    return kernel_scorer(bundle, bundle.device, GPU_KERNELS).hidden
+
+
+def _timed(bundle: Bundle, kernels: str, make: Callable[[Bundle], Encode]) -> FullPass:
+    """Time a way, or say why not: the states that it is compared with are written by now."""
     try:
-        scorer = kernel_scorer(bundle, bundle.device, GPU_KERNELS)
-        return FullPass(GPU_KERNELS, _seconds_an_event(bundle, GPU_KERNELS, scorer.hidden))
+        return FullPass(kernels, _seconds_an_event(bundle, kernels, make(bundle)))
     except InputError as error:
-        return FullPass(GPU_KERNELS, None, str(error))
-    except torch.OutOfMemoryError:
-        return FullPass(GPU_KERNELS, None, "the item table does not fit beside their copy of it")
+        return FullPass(kernels, None, str(error))
+    except RuntimeError as error:  # TorchScript makes this one of the device's error
+        if "out of memory" not in str(error):
+            raise
+        return FullPass(kernels, None, "what it needs does not fit beside the item table")
 
 
 def _seconds_an_event(bundle: Bundle, kernels: str, encode: Encode) -> float:

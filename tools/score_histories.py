@@ -118,10 +118,7 @@ def score(config: ScoreConfig) -> dict[str, Any] | None:
             f"kernels={AOTINDUCTOR} is for a bundle of that format, and {config.bundle} is "
             f"{bundle.manifest.format}; leave kernels out"
         )
-    if config.k > bundle.vocabulary.size:
-        raise InputError(
-            f"k={config.k} is more than the bundle's {bundle.vocabulary.size} items; lower it"
-        )
+    bundle.check_k(config.k)
     files = None if _is_dataset(config.input) else find_files(config.input)
     dataset_folder = Path(str(config.input))
     items = read_filter(

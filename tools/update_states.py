@@ -108,9 +108,15 @@ class Report:
 
 def update(config: UpdateConfig) -> Report:
     """Write the new states. Raises InputError for what cannot be read, or is of another model."""
-    device = Place.of(config.device).device
-    bundle = Bundle.open(Path(config.bundle), device, native_code=config.native_code)
+    place = Place.of(config.device)
+    if place.size > 1:
+        raise InputError(
+            f"tools.update_states is one process, and torchrun started {place.size}; start it with "
+            "python -m"
+        )
+    bundle = Bundle.open(config.bundle, place.device, native_code=config.native_code)
     bundle.new_states(0)  # refuses a bidirectional model before the log is read
+    bundle.check_k(config.k)
     rules = rules_for(
         bundle.manifest.data["options"],
         config.columns,

@@ -39,7 +39,7 @@ class ModelConfig:
 
 def completed(stored: dict[str, Any]) -> dict[str, Any]:
     """A run's stored config with the keys that were added after it."""
-    parts = {part: values | stored.get(part, {}) for part, values in ADDED.items()}
+    parts = {part: values | stored[part] for part, values in ADDED.items() if part in stored}
     return stored | parts
 
 

@@ -238,11 +238,12 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout_TE, *_):
     if dout_TE is None:
         return (None,) * 13
-    kept, tensors = list(ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
+    saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+    kept, tensors = saved[:6], saved[6:]
     if tensors[-1] is None:  # one direction
         kept = kept[:3]
     dproj_TF, dconv_weight_MK, dconv_bias_M, d_3H, dnorm_weight_E = mixer_core_backward_op(
-        dout_TE, kept, *tensors, ctx.beta, ctx.restore, ctx.eps
+        dout_TE, list(kept), *tensors, ctx.beta, ctx.restore, ctx.eps
     )
     dA_log_H, dD_H, ddt_bias_H = d_3H.unbind(0)
     return (

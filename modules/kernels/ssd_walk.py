@@ -13,10 +13,10 @@ or even reads anything here). A sequence longer than a segment takes three launc
 grids that shapes give: (1) every segment from zero, keeping only the end (`LOCAL`); (2) the ends
 combined in order; (3) every segment again from its true start. Sequences of one segment skip 1, 2.
 
-The trade-off: storing chunk states costs `N / CHUNK` times the bytes of x, written and read once.
-In return the kernels that make outputs and gradients are free of order, and one of their programs
-sees all heads of its chunk, so that C·Bᵀ is made once and dB, dC are summed in registers: no
-atomics, the same bits every time.
+The trade-off: storing chunk states costs `N / CHUNK` times the bytes of x, written once and read by
+the outputs, those of the forward once more by the gradients. In return the kernels that make
+outputs and gradients are free of order, and one of their programs sees all heads of its chunk, so
+that C·Bᵀ is made once and dB, dC are summed in registers: no atomics, the same bits every time.
 
 Shape suffixes: Q tokens of a chunk, N state, W columns of a tile (G heads of P channels, or a part
 of one head), H heads, B sequences. States are laid out [slot, H, N, P].

@@ -4,9 +4,11 @@ Runs in a subprocess, as the tests of the single kernels do.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from modules.encoder import Mamba2Mixer, positions
 from tests.modules.test_ssd_kernels import in_interpreter, relative
@@ -196,6 +198,26 @@ def check_ops():
 
 def test_opcheck():
     in_interpreter("check_ops", module="test_mixer_kernels")
+
+
+def checkpointed():
+    """What the forward keeps is made anew by torch.utils.checkpoint; the gradients are the same."""
+    small_chunks()
+    from modules.kernels import mixer
+
+    kept = mixer.mixer_core_triton
+    case = make_case([17, 17], 36, 8, 16, 16, 4)
+    for direction in DIRECTIONS:
+        mixer.mixer_core_triton = kept
+        expected = triton_outputs(case, direction)
+        mixer.mixer_core_triton = partial(checkpoint, kept, use_reentrant=False)
+        got = triton_outputs(case, direction)
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
+    return {}
+
+
+def test_checkpointed():
+    in_interpreter("checkpointed", module="test_mixer_kernels")
 
 
 def no_token():

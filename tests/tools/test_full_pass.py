@@ -50,14 +50,20 @@ def test_a_batch_is_that_of_scoring(bundle):
 
 
 def test_why_kernels_are_not_timed_is_said(bundle, monkeypatch):
-    """The tiny model's sizes, state 4 and head 8, and a table that does not fit twice."""
+    """The tiny model's sizes, state 4 and head 8, and a card that is too small for any way."""
     card = replace(bundle, device=torch.device("cuda", 0))
-    found = full_pass._by_kernels(card)
-    assert found.seconds_an_event is None
-    assert found.reason == "model.head=8 has no CUDA kernel; it is one of 16, 32, 64, 128"
+    monkeypatch.setattr(full_pass, "_by_bundle", lambda bundle: failing("CUDA out of memory"))
+    own, fast = full_passes(card)
+    assert own.seconds_an_event is fast.seconds_an_event is None
+    assert own.reason == "what it needs does not fit beside the item table"
+    assert fast.reason == "model.head=8 has no CUDA kernel; it is one of 16, 32, 64, 128"
+    monkeypatch.setattr(full_pass, "_by_kernels", lambda bundle: failing("an illegal address"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        full_passes(card)
 
-    def too_large(*of):
-        raise torch.OutOfMemoryError("tried to allocate")
 
-    monkeypatch.setattr(full_pass, "kernel_scorer", too_large)
-    assert "does not fit" in full_pass._by_kernels(card).reason
+def failing(message):
+    def encode(items_T, offsets_B1):
+        raise RuntimeError(message)
+
+    return encode

@@ -214,6 +214,7 @@ def test_refusals(made, days, tmp_path):
     refused("device=tpu is unknown; choose auto | cpu | cuda", device="tpu")
     refused("exclude_seen=maybe must be true or false", exclude_seen="maybe")
     refused("k=-1 must be a whole number", k=-1)
+    refused(f"k={ITEMS + 1} is more than the bundle's {ITEMS} items; lower it", k=ITEMS + 1)
     refused("holds no finished states", states=str(made.data / "histories"))
     refused("is not of states version 2", states=str(made.data))
     path = states / "manifest.json"
@@ -248,6 +249,12 @@ def test_a_gpu_that_is_not_there_is_refused(made, days, tmp_path, monkeypatch):
         match=r"device=cuda needs a GPU for each .*, which has 0; start fewer .* or use device=cpu",
     ):
         move(made, tmp_path / "s", days[0], device="cuda")
+
+
+def test_more_processes_than_one_are_refused(made, days, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="is one process, and torchrun started 2; start it with"):
+        move(made, tmp_path / "s", days[0])
 
 
 def test_a_break_even_is_against_a_way_that_was_timed(capsys):

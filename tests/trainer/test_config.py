@@ -93,7 +93,8 @@ def test_a_config_of_before_has_what_its_missing_keys_stood_for():
         "data": {"reorder_ratio": 0.5},
     }
     assert completed(now) == now
-    before = {"model": {"width": 8}, "loss": {"kind": "full"}, "seed": 1}
+    assert completed({"model": now["model"]}) == {"model": now["model"]}  # no config of a run
+    before = {"model": {"width": 8}, "loss": {"kind": "full"}, "data": {}, "seed": 1}
     assert completed(before) == {
         "model": {"width": 8, "repeats": False},
         "loss": {"kind": "full", "smoothing": 0.0},

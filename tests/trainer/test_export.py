@@ -401,6 +401,16 @@ def test_damaged_bundles_are_named(made, tmp_path, spoil, message):
         Bundle.open(folder, CPU)
 
 
+def test_a_bundle_that_a_card_cannot_hold_is_named(made, monkeypatch):
+    def load(*of):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 48.00 GiB.")
+
+    monkeypatch.setattr("data.bundle.load_model", load)
+    sentence = r"does not fit on cuda:0 \(CUDA out of memory.*\); use device=cpu, or .*rows=fp16"
+    with pytest.raises(InputError, match=sentence):
+        Bundle.open(made.bundle, "cuda:0")
+
+
 def test_a_data_set_is_no_bundle(made):
     with pytest.raises(InputError, match="is no bundle"):
         Bundle.open(made.data, CPU)

@@ -110,7 +110,7 @@ def test_states_move_on_as_torchscripts(pair):
 
 
 def test_scoring_tool_is_asked_by_name(made, native, pair, tmp_path):
-    options = {"input": str(made.data), "k": 5}
+    options = {"input": str(made.data), "k": 5, "device": "cpu"}
     with pytest.raises(InputError, match=r"is native code, .* with kernels=aotinductor"):
         score(ScoreConfig(str(native), output=str(tmp_path / "no"), **options))
     with pytest.raises(InputError, match=r"for a bundle of that format, .* is torchscript"):
@@ -139,9 +139,9 @@ def test_states_go_on_from_either_format(native, pair, tmp_path):
         write_log(tmp_path / f"{day}.parquet", range(5), range(9 + day, 14 + day), [day] * 5)
         for day in range(2)
     ]
-    first = {"bundle": str(pair[0].folder), "events": str(days[0])}
+    first = {"bundle": str(pair[0].folder), "events": str(days[0]), "device": "cpu"}
     update(UpdateConfig(**first, output=str(tmp_path / "first")))
-    both = {"states": str(tmp_path / "first"), "events": str(days[1]), "k": 5}
+    both = {"states": str(tmp_path / "first"), "events": str(days[1]), "k": 5, "device": "cpu"}
     with pytest.raises(InputError, match="open it with native_code=true"):
         update(UpdateConfig(str(native), output=str(tmp_path / "no"), **both))
     with pytest.raises(InputError, match="native_code=1 must be true or false"):
