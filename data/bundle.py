@@ -45,6 +45,7 @@ from data.schema import MANIFEST, VOCABULARY, sha256_of, write_atomically
 from data.vocabulary import Vocabulary
 
 BUNDLE_VERSION = 4
+READABLE_VERSIONS = (3, BUNDLE_VERSION)  # 3 had TorchScript alone, and is otherwise the same
 MODEL, ROWS = "model.pt", "rows"
 TOP_LEVEL = (MODEL, WEIGHTS, FORWARD, STEP, ROWS, VOCABULARY, MANIFEST)
 TORCHSCRIPT = "torchscript"
@@ -100,10 +101,10 @@ class BundleManifest:
                     f"{folder} is no bundle, its {MANIFEST} is of another kind; make one with "
                     "trainer.export"
                 )
-            if version != BUNDLE_VERSION:
+            if version not in READABLE_VERSIONS:
                 raise InputError(
-                    f"{path} has bundle version {version}, this program reads {BUNDLE_VERSION}; "
-                    f"{AGAIN}"
+                    f"{path} has bundle version {version}, this program reads "
+                    f"{' and '.join(map(str, READABLE_VERSIONS))}; {AGAIN}"
                 )
             raw["files"] = [BundleFile(**one) for one in raw["files"]]
             manifest = cls(**raw)
@@ -112,7 +113,18 @@ class BundleManifest:
         for one in manifest.files:
             if Path(one.path).is_absolute() or ".." in Path(one.path).parts:
                 raise InputError(f"{path} names {one.path}, outside its own folder; {AGAIN}")
+        listed = {one.path for one in manifest.files}
+        if absent := sorted(manifest.needed - listed):
+            raise InputError(f"{path} is damaged: it does not list {absent[0]}; {AGAIN}")
         return manifest
+
+    @property
+    def needed(self) -> set[str]:
+        """The files that are opened besides those of the rows; each has to have its hash here."""
+        if self.compiled_for is None:
+            return {VOCABULARY, MODEL}
+        step = {STEP} if self.model.get("kind") == "causal" else set()
+        return {VOCABULARY, WEIGHTS, FORWARD} | step
 
     def hash_of(self, path: str) -> str:
         """The sha256 of a file of the bundle."""

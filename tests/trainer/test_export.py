@@ -379,9 +379,16 @@ def spoil_version(folder: Path) -> None:
     replace(BundleManifest.read(folder), bundle_version=99).write(folder)
 
 
+def spoil_list(folder: Path) -> None:
+    manifest = BundleManifest.read(folder)
+    files = [one for one in manifest.files if one.path != "model.pt"]
+    replace(manifest, files=files).write(folder)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (spoil_list, r"manifest\.json is damaged: it does not list model\.pt; .*export"),
         (spoil_size, "bytes, the bundle's manifest says"),
         (spoil_content, "hash is not the manifest's"),
         (spoil_version, "bundle version 99"),
@@ -399,6 +406,16 @@ def test_damaged_bundles_are_named(made, tmp_path, spoil, message):
     spoil(folder)
     with pytest.raises(InputError, match=message):
         Bundle.open(folder, CPU)
+
+
+def test_a_bundle_of_the_version_before_opens(made, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(made.bundle, folder)
+    raw = json.loads((folder / "manifest.json").read_text())
+    del raw["compiled_for"]
+    (folder / "manifest.json").write_text(json.dumps(raw | {"bundle_version": 3}))
+    before = Bundle.open(folder, CPU)
+    assert before.manifest.fingerprint == Bundle.open(made.bundle, CPU).manifest.fingerprint
 
 
 def test_a_bundle_that_a_card_cannot_hold_is_named(made, monkeypatch):
