@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from configs.command import command
-from data.bundle import AOTINDUCTOR, TORCHSCRIPT, Bundle
+from data.bundle import Bundle
+from data.bundle_manifest import TORCHSCRIPT
+from data.compiled import AOTINDUCTOR
 from data.errors import InputError, check_whole
 from data.item_filter import ItemFilter, read_filter
 from data.log_files import LogFiles, find_files

@@ -24,8 +24,7 @@ import yaml
 from torch import Tensor
 
 from configs.command import command
-from data.bundle import (
-    AOTINDUCTOR,
+from data.bundle_manifest import (
     FORMATS,
     ROW_FORMATS,
     ROWS,
@@ -36,7 +35,7 @@ from data.bundle import (
     encoder_hash,
     sealed,
 )
-from data.compiled import TARGET
+from data.compiled import AOTINDUCTOR, TARGET
 from data.errors import InputError, check_whole, reason
 from data.output_folder import new_folder
 from data.reader import HistoryDataset

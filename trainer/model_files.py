@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from data.bundle import AOTINDUCTOR, MODEL, load_model, with_rows
-from data.compiled import TARGET, WEIGHTS, is_target, load_compiled
+from data.bundle import load_model, with_rows
+from data.bundle_manifest import MODEL
+from data.compiled import AOTINDUCTOR, TARGET, WEIGHTS, is_target, load_compiled
 from data.errors import InputError
 from modules.encoder import Encoder
 from modules.scorer import Scorer

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.bundle import MODEL, Bundle, BundleManifest, sealed
+from data.bundle import Bundle
+from data.bundle_manifest import MODEL, BundleManifest, sealed
 from data.errors import InputError
 from data.schema import MANIFEST
 from tests.trained_run import Trained, trained

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("duckdb")  # which groups the log
 
-from data.bundle import BundleManifest
+from data.bundle_manifest import BundleManifest
 from data.log_query import LogRules
 from data.schema import RESERVED_ROWS
 from data.user_states import TOGETHER_BYTES, numbers_of

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import tools.score_histories as tool
-from data.bundle import Bundle, BundleManifest, sealed
+from data.bundle import Bundle
+from data.bundle_manifest import BundleManifest, sealed
 from data.errors import InputError
 from data.item_filter import ItemFilter, read_filter
 from data.log_query import LogRules

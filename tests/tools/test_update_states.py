@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data.bundle import Bundle, BundleManifest
+from data.bundle import Bundle
+from data.bundle_manifest import BundleManifest
 from data.errors import InputError
 from data.log_query import LogRules
 from data.schema import RESERVED_ROWS, DataFile

@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from data.bundle import Bundle, BundleManifest
-from data.bundle import sealed as bundle_file
+from data.bundle import Bundle
+from data.bundle_manifest import BundleManifest
+from data.bundle_manifest import sealed as bundle_file
 from data.errors import InputError
 from data.schema import VOCABULARY, Manifest
 from tests.trained_run import Trained, run_command, trained

@@ -16,8 +16,9 @@ import torch
 from torch._inductor import config as inductor
 from torch._inductor.exc import CppCompileError, InductorError
 
-from data.bundle import AOTINDUCTOR, Bundle, BundleManifest, sealed
-from data.compiled import FORWARD, STEP, TARGET, WEIGHTS, is_target
+from data.bundle import Bundle
+from data.bundle_manifest import BundleManifest, sealed
+from data.compiled import AOTINDUCTOR, FORWARD, STEP, TARGET, WEIGHTS, is_target
 from data.errors import InputError
 from data.schema import RESERVED_ROWS
 from tests.tools.test_update_states import write_log

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from data.bundle import MODEL, Bundle, BundleManifest, encoder_hash, sealed
+from data.bundle import Bundle
+from data.bundle_manifest import MODEL, BundleManifest, encoder_hash, sealed
 from data.item_filter import ItemFilter
 from data.reader import HistoryDataset
 from data.schema import RESERVED_ROWS, VOCABULARY
