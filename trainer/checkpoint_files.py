@@ -8,6 +8,7 @@ do not exist: everything that a run stores is a tensor or JSON.
 import json
 import pickle
 from collections.abc import Iterable
+from enum import EnumMeta
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -95,6 +96,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         self._name = file.name
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return self._member
         known = (module, name) in _CLASSES
         if not known and module == "torch":
             known = isinstance(getattr(torch, name, None), torch.dtype)
@@ -104,6 +107,15 @@ class _MetadataUnpickler(pickle.Unpickler):
                 "it was not loaded, and nothing in it was run"
             )
         return super().find_class(module, name)
+
+    def _member(self, kind: Any, name: str) -> Any:
+        """An enumeration's member: Python 3.11.0 to 3.11.3 pickle it as `getattr(kind, name)`."""
+        if not isinstance(kind, EnumMeta) or name not in kind.__members__:
+            raise InputError(
+                f"{self._name} asks for {name} of {kind!r}, which no checkpoint of this program "
+                "does; it was not given"
+            )
+        return kind.__members__[name]
 
 
 def checksums(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from data.errors import InputError
 from modules.losses import FullSoftmax
@@ -26,7 +27,14 @@ from trainer.checkpoint import (
     require_best,
     state_tensors,
 )
-from trainer.checkpoint_files import MANIFEST, METADATA, Planner, Reader, find_damage
+from trainer.checkpoint_files import (
+    MANIFEST,
+    METADATA,
+    Planner,
+    Reader,
+    find_damage,
+    read_metadata,
+)
 from trainer.run_folder import _compare, _compare_last_start, newest_whole
 from trainer.saver import Saver, host_copy
 
@@ -138,12 +146,37 @@ class Evil:
 
 def test_metadata_that_would_run_something_is_refused(two, sharded, tmp_path):
     _, newer = two
-    metadata = pickle.loads((newer / METADATA).read_bytes())
-    metadata.planner_data = Evil(tmp_path / "mark")
-    (newer / METADATA).write_bytes(pickle.dumps(metadata))
+    with_planner_data(newer, Evil(tmp_path / "mark"))
     with pytest.raises(InputError, match=r"names posix\.mkdir, which no checkpoint .* does"):
         load(newer, sharded)
     assert not (tmp_path / "mark").exists()
+
+
+class Named:
+    """Unpickled, `name` of `kind` by getattr: how Python 3.11.2 writes an enumeration's member."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.of = kind, name
+
+    def __reduce__(self):
+        return getattr, self.of
+
+
+def with_planner_data(folder: Path, value) -> None:
+    metadata = pickle.loads((folder / METADATA).read_bytes())
+    metadata.planner_data = value
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def test_getattr_in_metadata_gives_members_of_enumerations_alone(two, sharded):
+    _, newer = two
+    member = next(iter(_MEM_FORMAT_ENCODING))
+    with_planner_data(newer, Named(_MEM_FORMAT_ENCODING, member.name))
+    assert read_metadata(newer).planner_data is member
+    for kind, name in [(_MEM_FORMAT_ENCODING, "__call__"), (Metadata, "__init__")]:
+        with_planner_data(newer, Named(kind, name))
+        with pytest.raises(InputError, match=rf"asks for {name} of .*; it was not given"):
+            load(newer, sharded)
 
 
 def test_entry_that_is_a_pickle_is_refused(sharded, tmp_path, one_rank):
@@ -313,7 +346,7 @@ def test_damaged_config_of_a_run_is_named(two, text):
 def test_a_run_of_before_goes_on_with_what_its_missing_keys_stood_for(tmp_path):
     added = {"loss": {"smoothing": 0.0}, "data": {"reorder_ratio": 0.0}}
     now = {"model": {"width": 8, "repeats": False}, "seed": 1, **added}
-    before = {"model": {"width": 8}, "seed": 1}
+    before = {"model": {"width": 8}, "loss": {}, "data": {}, "seed": 1}
     _compare(tmp_path, before, now)
     now["model"]["repeats"] = True
     with pytest.raises(InputError, match=r"model\.repeats was False, now True"):
