@@ -224,7 +224,7 @@ def damaged_data(world: World, folder: Path) -> dict[str, list]:
 
 
 def data_config(damaged_files: str) -> DataConfig:
-    return DataConfig("", "histories", 8, 2, 0.0, None, "refuse", 0, 8, damaged_files)  # type: ignore[arg-type]
+    return DataConfig("", "histories", 8, 2, 0.0, 0.0, None, "refuse", 0, 8, damaged_files)  # type: ignore[arg-type]
 
 
 def build(
