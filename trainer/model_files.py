@@ -16,7 +16,7 @@ from modules.scorer import Scorer
 
 
 def write_model(folder: Path, kind: str, config: dict[str, Any], encoder: Encoder) -> list[Path]:
-    """Write the model without its rows; the files. kind: of `data.bundle.FORMATS`.
+    """Write the model without its rows; the files. kind: of `data.bundle_manifest.FORMATS`.
 
     config: what `encoder` was made with. Raises InputError where it cannot be compiled here.
     """

@@ -71,7 +71,7 @@ def main(out: Path, folder: Path, device: str = "cpu", part: str = "all") -> Non
     quiet_libraries()
     torch.set_num_threads(1)
     with process_group(device) as world:
-        results = graphs(world) if part == "graphs" else measure(world, folder)
+        results = {"graphs": graphs, "all": measure, "save": save_own}[part](world, folder)
     results["threads"] = [one.read_text().strip() for one in Path("/proc/self/task").glob("*/comm")]
     if world.is_main:
         out.write_text(json.dumps(results))
@@ -97,7 +97,7 @@ def measure(world: World, folder: Path) -> dict:
     return {**results, **damaged_data(world, folder), **grow(world, folder)}
 
 
-def graphs(world: World) -> dict[str, list]:
+def graphs(world: World, folder: Path) -> dict[str, list]:
     """Losses of one `Stepper` each, whose steps are CUDA graphs."""
     found: dict[str, list] = {}
     for name, objective in (("full", FullSoftmax(world.rank, smoothing=0.1)), ("sampled", loss())):
@@ -291,13 +291,19 @@ def best(sharded: Sharded, world: World) -> list[list[int]]:
         return top_items(sharded.recommender, h, 10, world, ROWS)[0].tolist()
 
 
+def save_own(world: World, folder: Path) -> dict[str, list[float]]:
+    """Save after 4 steps, with two shardings; no result."""
+    for sharding, place in (("row_wise", "from-"), ("table_wise", "from-tables-of-")):
+        sharded = build(world, sharding, FullSoftmax(world.rank, smoothing=0.1))
+        for number in range(4):
+            step(sharded, world, number, sampled=False)
+        save(folder / f"{place}{world.size}", sharded, world)
+    return {}
+
+
 def resume(world: World, folder: Path) -> dict[str, list[float]]:
-    """Save after 4 steps; go on from what these and other ranks saved, with two shardings."""
-    sharded = build(world, "row_wise", FullSoftmax(world.rank, smoothing=0.1))
-    for number in range(4):
-        step(sharded, world, number, sampled=False)
-    save(folder / f"from-{world.size}", sharded, world)
-    results = {}
+    """Save, and go on from what these and other ranks saved, with two shardings."""
+    results = save_own(world, folder)
     for saved in sorted(folder.glob("from-*")):
         verify(checkpoint_path(saved, 4), world)
         for sharding in ("row_wise", "table_wise"):
