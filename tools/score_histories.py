@@ -26,7 +26,7 @@ from torch import Tensor
 
 from configs.command import command
 from data.bundle import Bundle
-from data.bundle_manifest import TORCHSCRIPT
+from data.bundle_manifest import FORMATS, TORCHSCRIPT
 from data.compiled import AOTINDUCTOR
 from data.errors import InputError, check_whole
 from data.item_filter import ItemFilter, read_filter
@@ -45,8 +45,7 @@ from trainer.parity import compare
 if TYPE_CHECKING:
     from modules.kernel_scorer import KernelScorer
 
-OWN = (TORCHSCRIPT, AOTINDUCTOR)  # the bundle's own model, by its format
-KERNELS = (*OWN, "bf16", "fp32")
+KERNELS = (*FORMATS, "bf16", "fp32")  # the bundle's own model, by its format; the trainer's
 # A batch's temporaries should stay in a CPU's cache, and a GPU wants many tokens at once.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 KERNEL_BATCH_TOKENS = 262_144  # of the trainer's kernels, on a GPU
@@ -215,7 +214,7 @@ def launcher(
         )
         return lambda: answer
 
-    if config.kernels in OWN:
+    if config.kernels in FORMATS:
         return by_bundle
     scorer = kernel_scorer(bundle, place.device, config.kernels, items.allowed_V)
     _gate(config, dataset, bundle, items, scorer, place.rank == 0)
@@ -290,7 +289,7 @@ def _score_units(
     mine = units[place.rank :: place.size]
     missing = [unit for unit in mine if not (folder.path / unit.name).exists()]
     tokens = config.batch_tokens or default_tokens(config.kernels, place.device.type)
-    in_flight = 0 if config.kernels in OWN else IN_FLIGHT
+    in_flight = 0 if config.kernels in FORMATS else IN_FLIGHT
     work = batches(dataset, missing, config.upto, items, tokens)
     with (
         folder.progress(sum(unit.users for unit in mine), place.rank, place.size) as bar,
@@ -305,7 +304,7 @@ def _score_units(
 
 def default_tokens(kernels: str, device: str) -> int:
     """History events scored at once where batch_tokens says nothing. device: cpu | cuda."""
-    if device == "cuda" and kernels not in OWN:
+    if device == "cuda" and kernels not in FORMATS:
         return KERNEL_BATCH_TOKENS
     return BATCH_TOKENS[device]
 
