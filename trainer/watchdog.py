@@ -8,6 +8,7 @@ import faulthandler
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -66,5 +67,16 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                faulthandler.dump_traceback(all_threads=True)
+                _dump_stacks()
                 os._exit(STALLED)
+
+
+def _dump_stacks() -> None:
+    """All threads' stacks to stderr in one piece: ranks that hang together write there at once."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            os.write(sys.stderr.fileno(), file.read())
+    except OSError:  # no room for the file
+        faulthandler.dump_traceback(all_threads=True)
