@@ -6,10 +6,14 @@ Every shape follows from the config alone, so kernels, caches and graphs see one
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
+
+from data.packing import PackArrays
+from data.positions import Positions
 
 HISTORY = "history"
 CANDIDATES = "candidates"
@@ -19,31 +23,24 @@ IDS_A_SAMPLE = 4
 
 
 @dataclass
-class SequenceBatch(Pipelineable):
+class SequenceBatch(Positions, Pipelineable):
     """Packed histories and the candidates that they are scored against.
 
     features: KeyedJaggedTensor with the keys HISTORY (T ids) and CANDIDATES (C ids), both looked up
         in the one item table. Masked items already carry MASK_ROW; tokens behind the last history
         and unused candidates carry PADDING_ROW. Its samples are even shares of the ids and mean
         nothing: sequences are in `offsets_B1`.
-    offsets_B1: int64. Sequence b is tokens offsets[b] to offsets[b+1]. Unused sequences are empty
-        and stand last: their offsets equal the number of tokens in use.
-    targets_S: int64, the table row that follows each read position; PADDING_ROW is no target.
-    read_positions_S: int64, the last token of each sequence, whose hidden state is read (S = B), or
-        None for every token (S = T). Those of unused sequences are token 0 and have no target.
-    log_counts_C: float32, log of each candidate's expected count among the draws (the logQ
-        correction), or None where every item is a candidate once.
-    items_T: int64, the history's items as they are, unmasked.
+    The other ids are those of `Positions`.
     step_targets: float32 scalar, the number of targets in this step's batches of all ranks.
     """
 
     features: KeyedJaggedTensor
-    offsets_B1: Tensor
-    targets_S: Tensor
-    read_positions_S: Tensor | None
-    log_counts_C: Tensor | None
-    items_T: Tensor
     step_targets: Tensor
+
+    @property
+    def candidates_C(self) -> Tensor:
+        """The candidates' ids, int64."""
+        return self.features[CANDIDATES].values()
 
     @classmethod
     def build(
@@ -72,7 +69,7 @@ class SequenceBatch(Pipelineable):
         )
         total = torch.tensor(step_targets, dtype=torch.float32)
         items_T = history_T if items_T is None else items_T
-        return cls(features, offsets_B1, targets_S, read_positions_S, log_counts_C, items_T, total)
+        return cls(offsets_B1, targets_S, read_positions_S, log_counts_C, items_T, features, total)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SequenceBatch":
         return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))
@@ -97,6 +94,24 @@ class SequenceBatch(Pipelineable):
     def _map(self, act) -> "SequenceBatch":  # type: ignore[no-untyped-def]
         values = (getattr(self, one.name) for one in fields(self))
         return SequenceBatch(*(None if value is None else act(value) for value in values))
+
+
+def to_batch(
+    pack: PackArrays,
+    candidates_C: np.ndarray,
+    log_counts_C: np.ndarray | None,
+    step_targets: int,
+) -> SequenceBatch:
+    return SequenceBatch.build(
+        torch.from_numpy(pack.history_T),
+        torch.from_numpy(candidates_C),
+        torch.from_numpy(pack.offsets_B1),
+        torch.from_numpy(pack.targets_S),
+        None if pack.read_positions_S is None else torch.from_numpy(pack.read_positions_S),
+        None if log_counts_C is None else torch.from_numpy(log_counts_C),
+        torch.from_numpy(pack.items_T),
+        float(step_targets),
+    )
 
 
 def _even_shares(count: int, samples: int) -> Tensor:

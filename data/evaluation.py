@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import SequenceBatch
+from data.batch import SequenceBatch, to_batch
 from data.cutting import cut_packs
-from data.packing import assemble, in_steps, to_batch
+from data.packing import assemble, in_steps
 from data.prefetch import NOBODY, WindowReader
 from data.randomness import Purpose, generator
 from data.reader import Histories, HistoryDataset, concatenated_ranges

@@ -12,9 +12,9 @@ from itertools import takewhile
 import numpy as np
 import torch
 
-from data.batch import SequenceBatch
+from data.batch import SequenceBatch, to_batch
 from data.negatives import Candidates
-from data.packing import PackOrder, Window, assemble, in_steps, masked, reordered, to_batch
+from data.packing import PackOrder, Window, assemble, in_steps, masked, reordered
 from data.prefetch import NOBODY, Prefetcher, WindowReader
 from data.reader import HistoryDataset
 from data.samples import NO_SAMPLES, LongHistory, Objective, SampleRule

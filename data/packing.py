@@ -16,9 +16,7 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
-import torch
 
-from data.batch import SequenceBatch
 from data.cutting import cut_packs
 from data.errors import InputError
 from data.randomness import Purpose, generator
@@ -210,24 +208,6 @@ def assemble(
     if context.any():
         targets_S[concatenated_ranges(offsets_B1[:count], context)] = PADDING_ROW
     return PackArrays(items_T, items_T, offsets_B1, targets_S, None, tokens)
-
-
-def to_batch(
-    pack: PackArrays,
-    candidates_C: np.ndarray,
-    log_counts_C: np.ndarray | None,
-    step_targets: int,
-) -> SequenceBatch:
-    return SequenceBatch.build(
-        torch.from_numpy(pack.history_T),
-        torch.from_numpy(candidates_C),
-        torch.from_numpy(pack.offsets_B1),
-        torch.from_numpy(pack.targets_S),
-        None if pack.read_positions_S is None else torch.from_numpy(pack.read_positions_S),
-        None if log_counts_C is None else torch.from_numpy(log_counts_C),
-        torch.from_numpy(pack.items_T),
-        float(step_targets),
-    )
 
 
 def in_steps(packs: Iterator[T], world_size: int) -> Iterator[list[T]]:

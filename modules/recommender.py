@@ -4,19 +4,16 @@ Legend: T tokens, S read positions, C candidates, D width.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.batch import CANDIDATES, SequenceBatch
+from data.batch import SequenceBatch
+from modules.behind_table import BehindTable, Loss
 from modules.encoder import Encoder
 from modules.item_table import ItemTable
-from modules.losses import FullSoftmax, SampledSoftmax
-from modules.repeats import SeenItems
-
-Loss = FullSoftmax | SampledSoftmax
 
 
-class Recommender(nn.Module):
-    """SSD4Rec for training. `autocast` is the dtype of the encoder's and loss's products."""
+class Recommender(BehindTable):
+    """SSD4Rec for training: the item table in front of `BehindTable`."""
 
     def __init__(
         self,
@@ -25,61 +22,15 @@ class Recommender(nn.Module):
         loss: Loss,
         autocast: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.table, self.encoder, self.loss, self.autocast = table, encoder, loss, autocast
+        super().__init__(encoder, loss, autocast)
+        self.table = table
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """The sum of the losses of this rank's targets, fp32 scalar."""
         x_TD, c_CD = self.table(batch.features)
-        return self.loss_of_rows(x_TD, c_CD, batch)
-
-    def loss_of_rows(self, x_TD: Tensor, c_CD: Tensor, batch: SequenceBatch) -> Tensor:
-        """`forward` behind the lookups, from the batch's history and candidate rows."""
-        candidates_C = batch.features[CANDIDATES].values()
-        with _products(x_TD, self.autocast):
-            # In the products' dtype, to which the loss would round it anyway.
-            kind = self.autocast if x_TD.dtype == torch.float32 else x_TD.dtype
-            h_SD = self.encode(x_TD, batch.offsets_B1, batch.read_positions_S, kind)
-            return self.loss(
-                h_SD,
-                batch.targets_S,
-                c_CD,
-                candidates_C,
-                batch.log_counts_C,
-                self.histories(h_SD, batch),
-            )
-
-    def histories(self, h_SD: Tensor, batch: SequenceBatch) -> SeenItems | None:
-        """What the loss needs to know repeats, for an encoder that scores them."""
-        if not self.encoder.repeats:
-            return None
-        score_S = self.encoder.repeat_score(h_SD)
-        return SeenItems.of(batch.items_T, batch.offsets_B1, batch.read_positions_S, score_S)
+        return self.loss_of_rows(x_TD, c_CD, batch.candidates_C, batch)
 
     def hidden(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """(hidden states [S, D] at the read positions, candidate rows [C, D])."""
         x_TD, c_CD = self.table(batch.features)
         return self.encode(x_TD, batch.offsets_B1, batch.read_positions_S), c_CD
-
-    def encode(
-        self,
-        x_TD: Tensor,
-        offsets_B1: Tensor,
-        read_positions_S: Tensor | None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """The encoder alone, with its products in `autocast`; hidden states [S, D]."""
-        # A batch that names read positions names the last token of each sequence.
-        read_last = read_positions_S is not None
-        with _products(x_TD, self.autocast):
-            return self.encoder(x_TD, offsets_B1, read_positions_S, read_last, dtype)
-
-
-def _products(like: Tensor, autocast: torch.dtype) -> torch.autocast:
-    # Without the cache of cast weights, which a captured graph cannot share.
-    return torch.autocast(
-        like.device.type,
-        dtype=autocast if autocast != torch.float32 else torch.bfloat16,
-        enabled=autocast != torch.float32,
-        cache_enabled=False,
-    )

@@ -7,7 +7,6 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -19,26 +18,12 @@ import torch.distributed.optim
 
 from data.errors import InputError
 from trainer.config import MAX_STALL_SECONDS
+from trainer.world import World
 
 # Of a collective. Above the watchdog's bound, which names the rank that all others wait for.
 TIMEOUT = timedelta(seconds=2 * MAX_STALL_SECONDS)
 IDS_CTAS = 4  # thread blocks of a collective of ids, which are few: they share the GPU with a step
 _groups: dict[str, dist.ProcessGroup] = {}  # beside the default one
-
-
-@dataclass(frozen=True)
-class World:
-    """Where this process stands among all: one process a device."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 @contextmanager

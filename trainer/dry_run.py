@@ -12,11 +12,11 @@ from torchrec.distributed.types import ShardingPlan
 from modules.losses import LOGIT_BYTES
 from modules.recommender import Recommender
 from tools.benchmarks.measure import Ceilings, Floor, Timer, link_rate, measure_ceilings
-from trainer import build
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.memory import WEIGHT_BYTES, TableMemory, memory_by_rank, size
 from trainer.observe import flops_per_token
+from trainer.resolve import candidate_count, reads, repeat_bytes, scored_candidates
 
 TRIAL_TOKENS = 1024  # of one history, for counting what the encoder saves
 BUDGET_MS = 100.0  # of each ceiling's measurement
@@ -38,8 +38,8 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Config, model: Recommender, table_rows: int, world: World) -> "Sizes":
-        candidates = build.candidate_count(config, table_rows, world)
-        positions, rivals = build.reads(config), build.scored_candidates(config, table_rows)
+        candidates = candidate_count(config, table_rows, world)
+        positions, rivals = reads(config), scored_candidates(config, table_rows)
         if config.loss.kind == "full":  # candidate-parallel: all ranks' positions, its own rows
             positions, rivals = positions * world.size, candidates
         return cls(
@@ -49,7 +49,7 @@ class Sizes:
             width=config.model.width,
             table_rows=table_rows,
             scored=positions * rivals,
-            repeat_bytes=build.repeat_bytes(config, table_rows, world),
+            repeat_bytes=repeat_bytes(config, table_rows, world),
             dense=sum(one.numel() for one in model.encoder.parameters()),
         )
 

@@ -26,7 +26,9 @@ from trainer.dry_run import report_dry_run
 from trainer.finish import finish
 from trainer.loop import Run, train
 from trainer.open_data import open_data
+from trainer.parts import candidates
 from trainer.report import REPORT, write_report
+from trainer.resolve import candidate_count, resolve
 from trainer.run_folder import RunFolder, run_folder
 from trainer.saver import Saver
 from trainer.sharding import Sharded, describe_plan, plan_table, shard
@@ -48,10 +50,10 @@ def run_rank(config: Config, data_path: Path, run_dir: Path, world: World) -> No
     """This rank's whole run: plan, resume or begin, train, evaluate, report."""
     dataset = open_data(data_path, config.data, world)
     vocabulary = Vocabulary.read(data_path)
-    config = build.resolve(config, world, dataset)
-    drawn = build.candidates(config, dataset.table_rows, vocabulary, world)
+    config = resolve(config, world, dataset)
+    drawn = candidates(config, dataset.table_rows, vocabulary, world)
     model = build.recommender(config, dataset.table_rows, world)
-    looked_up = build.candidate_count(config, dataset.table_rows, world)
+    looked_up = candidate_count(config, dataset.table_rows, world)
     plan = plan_table(model, config.embedding, world, config.data.tokens_a_batch, looked_up)
     if world.is_main:
         print("\n".join(describe_plan(plan, config.embedding, world)), flush=True)

@@ -33,16 +33,9 @@ from modules.recommender import Recommender
 from trainer.config import TableConfig, TrainerConfig
 from trainer.distributed import World, ids_group
 from trainer.memory import Memory, TableMemory, free_memory, memory_by_rank, require_room
+from trainer.resolve import table_learning_rate, table_optimizer
 
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
-# What FBGEMM 1.6 and 1.8 have for each device; on the CPU every Adam fails.
-TABLE_OPTIMIZERS = {
-    "cpu": ("rowwise_adagrad", "adagrad", "sgd"),
-    "cuda": ("adam", "partial_rowwise_adam", "rowwise_adagrad", "adagrad", "sgd"),
-}
-# embedding.learning_rate=null: Adam's as in docs/experiments.md, partial_rowwise_adam's after it,
-# Adagrad's as the demo trains with.
-TABLE_RATES = {"adam": 2e-3, "partial_rowwise_adam": 2e-3, "rowwise_adagrad": 0.04}
 KERNELS = {
     "none": EmbeddingComputeKernel.FUSED,
     "uvm": EmbeddingComputeKernel.FUSED_UVM,
@@ -67,34 +60,6 @@ class Sharded:
         """Updates so far, by the dense optimizer's count: FBGEMM's Adam counts lookups."""
         state = dict(self.optimizer.optimizers)["matrices"].state
         return int(next(iter(state.values()))["step"]) if state else 0
-
-
-def table_optimizer(name: str, device: torch.device) -> str:
-    """The table optimizer that `embedding.optimizer` stands for on this device.
-
-    auto is adam on CUDA and rowwise_adagrad on the CPU. Raises InputError for one that the
-    device lacks.
-    """
-    allowed = TABLE_OPTIMIZERS[device.type]
-    if name == "auto":
-        return allowed[0]
-    if name not in allowed:
-        raise InputError(
-            f"embedding.optimizer={name} does not exist on {device.type}; "
-            f"it is one of auto, {', '.join(allowed)}"
-        )
-    return name
-
-
-def table_learning_rate(config: TableConfig, optimizer: str) -> float:
-    """What `embedding.learning_rate` stands for. Raises InputError where null has no meaning."""
-    rate = config.learning_rate or TABLE_RATES.get(optimizer)
-    if rate is None:
-        raise InputError(
-            f"embedding.optimizer={optimizer} has no default learning rate; set "
-            "embedding.learning_rate"
-        )
-    return rate
 
 
 def plan_table(

@@ -144,8 +144,9 @@ class Stepper:
     def _differentiate(self) -> tuple[Tensor, Tensor, Tensor]:
         """(the sum of this rank's losses, gradients to both kinds of rows), and dense gradients."""
         dense = self.sharded.dense_parameters
-        loss = self.sharded.recommender.loss_of_rows(*self._rows, self._batch)
-        weighted = loss * (self.world.size / self._batch.step_targets)
+        batch = self._batch
+        loss = self.sharded.recommender.loss_of_rows(*self._rows, batch.candidates_C, batch)
+        weighted = loss * (self.world.size / batch.step_targets)
         dx_TD, dc_CD, *gradients = torch.autograd.grad(weighted, [*self._rows, *dense])
         self._gradients = gradients if self.world.size == 1 else self._joined(gradients)
         for parameter, gradient in zip(dense, self._gradients, strict=True):

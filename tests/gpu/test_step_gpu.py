@@ -12,6 +12,7 @@ from tests.trainer.test_config import composed
 from trainer import build
 from trainer.distributed import World, process_group
 from trainer.evaluate import look_up
+from trainer.resolve import candidate_count
 from trainer.sharding import plan_table, shard
 from trainer.stepper import Stepper
 
@@ -42,7 +43,7 @@ def stepper_of(world: World, *overrides: str) -> Stepper:
         *overrides,
     )
     recommender = build.recommender(config, ROWS, world)
-    candidates = build.candidate_count(config, ROWS, world)
+    candidates = candidate_count(config, ROWS, world)
     plan = plan_table(recommender, config.embedding, world, TOKENS, candidates)
     sharded = shard(recommender, plan, config.embedding, config.trainer, world, SEED)
     return Stepper(sharded, config.trainer, world, SEED)

@@ -26,6 +26,7 @@ from trainer.config import Config
 from trainer.distributed import World, process_group
 from trainer.evaluate import look_up
 from trainer.memory import memory_by_rank
+from trainer.resolve import candidate_count
 from trainer.saver import Saver
 from trainer.sharding import Sharded, plan_table, shard
 from trainer.stepper import Stepper
@@ -68,7 +69,7 @@ def stepper_of(world: World, rows: int, *overrides: str, tokens: int = 4096) -> 
 
 def sharded_of(config: Config, rows: int, world: World) -> Sharded:
     recommender = build.recommender(config, rows, world)
-    candidates = build.candidate_count(config, rows, world)
+    candidates = candidate_count(config, rows, world)
     plan = plan_table(recommender, config.embedding, world, config.data.batch_tokens, candidates)
     (planned,) = memory_by_rank(plan, config.embedding, world)
     before = torch.cuda.memory_allocated() if world.device.type == "cuda" else 0

@@ -13,6 +13,8 @@ from tests.data.datasets import random_histories, write_dataset
 from tests.trainer.test_config import composed
 from trainer import build
 from trainer.checkpoint import RunState
+from trainer.parts import candidates
+from trainer.resolve import repeat_bytes, resolve
 
 
 def test_max_history_bounds_training_and_evaluation_alike(tmp_path, one_rank):
@@ -20,8 +22,8 @@ def test_max_history_bounds_training_and_evaluation_alike(tmp_path, one_rank):
     options = ["data.max_history=4", "data.long_history=windows", "data.overlap_tokens=2"]
     options += ["data.batch_tokens=64", "trainer.max_epochs=1", f"data.path={folder}"]
     dataset, vocabulary = HistoryDataset(folder), Vocabulary.read(folder)
-    config = build.resolve(composed(*options), one_rank, dataset)
-    drawn = build.candidates(config, dataset.table_rows, vocabulary, one_rank)
+    config = resolve(composed(*options), one_rank, dataset)
+    drawn = candidates(config, dataset.table_rows, vocabulary, one_rank)
     with build.training_steps(config, dataset, drawn, one_rank, RunState()) as steps:
         trained = [step.batch for step in steps]
         assert sum(int((one.targets_S > 0).sum()) for one in trained) == steps.counts.targets
@@ -34,33 +36,33 @@ def test_max_history_bounds_training_and_evaluation_alike(tmp_path, one_rank):
 def test_batch_and_table_rate_follow_from_data_and_optimizer(tmp_path, one_rank):
     folder = write_dataset(tmp_path / "short", random_histories(users=30, longest=20, items=9))
     dataset = HistoryDataset(folder)
-    resolved = build.resolve(composed(f"data.path={folder}"), one_rank, dataset)
+    resolved = resolve(composed(f"data.path={folder}"), one_rank, dataset)
     assert resolved.data.batch_tokens == 2048
     assert resolved.embedding.learning_rate == 0.04  # of the CPU's rowwise_adagrad
     far = composed(f"data.path={folder}", "data.max_history=100000", "data.long_history=truncate")
-    resolved = build.resolve(far, one_rank, dataset)
+    resolved = resolve(far, one_rank, dataset)
     assert (resolved.data.batch_tokens, resolved.data.max_history) == (2048, 2048)
     given = ["data.batch_tokens=99", "embedding.learning_rate=0.5", "embedding.optimizer=sgd"]
-    resolved = build.resolve(composed(f"data.path={folder}", *given), one_rank, dataset)
+    resolved = resolve(composed(f"data.path={folder}", *given), one_rank, dataset)
     assert (resolved.data.batch_tokens, resolved.embedding.learning_rate) == (99, 0.5)
     plain = composed(f"data.path={folder}", "embedding.optimizer=sgd")
     with pytest.raises(InputError, match=r"optimizer=sgd has no default learning rate; set"):
-        build.resolve(plain, one_rank, dataset)
+        resolve(plain, one_rank, dataset)
 
 
 def test_repeats_among_too_many_rows_are_refused(tmp_path, one_rank, monkeypatch):
     folder = write_dataset(tmp_path / "short", random_histories(users=30, longest=20, items=9))
     dataset = HistoryDataset(folder)
     config = composed(f"data.path={folder}", "data.max_sequences=7")
-    assert build.repeat_bytes(config, dataset.table_rows, one_rank) == 8 * 128 * 4
+    assert repeat_bytes(config, dataset.table_rows, one_rank) == 8 * 128 * 4
     sampled = replace(config, loss=replace(config.loss, kind="sampled", negatives=200))
-    assert build.repeat_bytes(sampled, dataset.table_rows, one_rank) == 2 * 8 * 256 * 4
+    assert repeat_bytes(sampled, dataset.table_rows, one_rank) == 2 * 8 * 256 * 4
     plain = replace(config, model=replace(config.model, repeats=False))
-    assert build.repeat_bytes(plain, dataset.table_rows, one_rank) == 0
-    monkeypatch.setattr(build, "REPEAT_BYTES", 4_095)
+    assert repeat_bytes(plain, dataset.table_rows, one_rank) == 0
+    monkeypatch.setattr("trainer.resolve.REPEAT_BYTES", 4_095)
     with pytest.raises(InputError, match=r"repeats=true needs 4,096 bytes .*; use loss=sampled"):
-        build.resolve(config, one_rank, dataset)
-    build.resolve(plain, one_rank, dataset)
+        resolve(config, one_rank, dataset)
+    resolve(plain, one_rank, dataset)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, one_rank):
 
     def refused(message: str, world, *options: str) -> None:
         with pytest.raises(InputError, match=message):
-            build.resolve(composed(*options, f"data.path={folder}"), world, dataset)
+            resolve(composed(*options, f"data.path={folder}"), world, dataset)
 
     refused(r"has no user with two training events.*; convert a larger log or lower", one_rank)
     refused(r"model\.head=8 has no CUDA kernel; it is one of 16, 32, 64, 128", cuda, "model.head=8")

@@ -13,6 +13,7 @@ from trainer import sharding
 from trainer.config import TableConfig
 from trainer.distributed import World, process_group
 from trainer.memory import Memory, TableMemory, memory_by_rank
+from trainer.resolve import table_optimizer
 from trainer.sharding import DTYPES, describe_plan, plan_table
 
 GIB = 2**30
@@ -124,4 +125,4 @@ def test_state_is_fp32_whatever_the_rows_are(optimizer, state):
 
 def test_an_optimizer_that_the_host_lacks():
     with pytest.raises(InputError, match=r"adam does not exist on cpu; it is one of auto, rowwise"):
-        sharding.table_optimizer("adam", torch.device("cpu"))
+        table_optimizer("adam", torch.device("cpu"))

@@ -13,6 +13,8 @@ from tools.benchmarks.measure import Floor
 from trainer import build
 from trainer.checkpoint import RunState
 from trainer.config import Config
+from trainer.parts import candidates
+from trainer.resolve import resolve
 
 NEVER = 1_000_000  # epochs
 Samples = Literal["histories", "prefixes"]
@@ -41,9 +43,9 @@ def with_data(config: Config, path: Path, samples: Samples, batch_tokens: int) -
 
 def _measure(bench: Bench, name: str, config: Config) -> None:
     dataset = HistoryDataset(Path(config.data.path))
-    config = build.resolve(config, bench.world, dataset)
+    config = resolve(config, bench.world, dataset)
     vocabulary = Vocabulary.read(dataset.folder)
-    drawn = build.candidates(config, dataset.table_rows, vocabulary, bench.world)
+    drawn = candidates(config, dataset.table_rows, vocabulary, bench.world)
     with build.training_steps(config, dataset, drawn, bench.world, RunState()) as steps:
         step = next(steps)
         each = max(20, bench.size(4_194_304, 1_048_576, 0) // config.data.tokens_a_batch)

@@ -35,9 +35,9 @@ from tools.benchmarks.inputs import ML1M_ITEMS, ML1M_USERS, write_data_set
 from tools.benchmarks.measure import Timer, Times, release
 from tools.benchmarks.report import device_name, write
 from tools.benchmarks.step import loaded, placed
-from trainer import build
 from trainer.config import Config
 from trainer.distributed import World, process_group, quiet_libraries
+from trainer.resolve import resolve
 from trainer.sharding import Sharded
 from trainer.stepper import Stepper
 
@@ -185,7 +185,7 @@ def measure_case(case: Case, config: Config, world: World, output: Path) -> None
     dataset = HistoryDataset(Path(config.data.path) / case.name)
     try:
         sharded = placed(
-            build.resolve(case_config(case, config, dataset.folder, case.tokens), world, dataset),
+            resolve(case_config(case, config, dataset.folder, case.tokens), world, dataset),
             dataset.table_rows,
             world,
         )
@@ -234,7 +234,7 @@ def measure(
     world: World,
 ) -> Measured:
     """Time the steps of one size of batch on a table that is there. Collective."""
-    config = build.resolve(config, world, dataset)
+    config = resolve(config, world, dataset)
     on_gpu = world.device.type == "cuda"
     warm_up, each, groups = (8, case.group, 5) if on_gpu else (1, 1, 2)
     counts = Vocabulary(pa.nulls(0), np.zeros(dataset.table_rows, np.int64))

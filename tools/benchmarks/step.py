@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.batch import CANDIDATES, SequenceBatch
+from data.batch import SequenceBatch
 from data.loader import TrainingSteps
 from data.reader import HistoryDataset
 from data.vocabulary import Vocabulary
@@ -30,6 +30,8 @@ from trainer.checkpoint import RunState
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.observe import flops_per_token
+from trainer.parts import candidates
+from trainer.resolve import candidate_count, resolve, table_optimizer
 from trainer.sharding import Sharded, plan_table, shard
 from trainer.stepper import Stepper
 
@@ -55,7 +57,7 @@ def step_config(config: Config, path: Path, batch_tokens: int) -> Config:
 def assemble(bench: Bench, config: Config, stack: ExitStack) -> tuple[Stepper, TrainingSteps]:
     """What takes the trainer's steps, and the steps to take."""
     dataset = HistoryDataset(Path(config.data.path))
-    config = build.resolve(config, bench.world, dataset)
+    config = resolve(config, bench.world, dataset)
     sharded = placed(config, dataset.table_rows, bench.world)
     vocabulary = Vocabulary.read(dataset.folder)
     steps = stack.enter_context(loaded(config, dataset, vocabulary, bench.world))
@@ -65,7 +67,7 @@ def assemble(bench: Bench, config: Config, stack: ExitStack) -> tuple[Stepper, T
 def placed(config: Config, table_rows: int, world: World) -> Sharded:
     """A resolved config's model, planned and sharded as the trainer does it."""
     model = build.recommender(config, table_rows, world)
-    looked_up = build.candidate_count(config, table_rows, world)
+    looked_up = candidate_count(config, table_rows, world)
     plan = plan_table(model, config.embedding, world, config.data.tokens_a_batch, looked_up)
     return shard(model, plan, config.embedding, config.trainer, world, config.seed)
 
@@ -74,7 +76,7 @@ def loaded(
     config: Config, dataset: HistoryDataset, vocabulary: Vocabulary, world: World
 ) -> TrainingSteps:
     """The steps of a run that begins; a context manager."""
-    drawn = build.candidates(config, dataset.table_rows, vocabulary, world)
+    drawn = candidates(config, dataset.table_rows, vocabulary, world)
     return build.training_steps(config, dataset, drawn, world, RunState())
 
 
@@ -84,9 +86,7 @@ def _measure(bench: Bench, name: str, stepper: Stepper, steps: TrainingSteps) ->
     tokens, batch = last.tokens, last.batch.to(bench.device)
     targets_a_token = last.targets / last.tokens
     model = bench.config.model
-    flops = tokens * flops_per_token(
-        model, batch.features[CANDIDATES].values().numel(), targets_a_token
-    )
+    flops = tokens * flops_per_token(model, batch.candidates_C.numel(), targets_a_token)
 
     def step() -> None:
         nonlocal number
@@ -133,7 +133,7 @@ def _parts(
     dh_SD = torch.randn_like(h_SD)
     for leaf in (x_TD, c_CD, h_SD):
         leaf.requires_grad_()
-    candidates_C = batch.features[CANDIDATES].values()
+    candidates_C = batch.candidates_C
     repeat = set(recommender.encoder.repeat.parameters())  # the loss's, not the encoder's
     dense = [one for one in recommender.encoder.parameters() if one not in repeat]
 
@@ -163,7 +163,7 @@ def _parts(
     numbers = sum(one.numel() for one in dense)
     flops = tokens * flops_per_token(model, 0, 0.0)
     distinct = int(batch.features.values().unique().numel())
-    optimizer = build.table_optimizer(bench.config.embedding.optimizer, bench.device)
+    optimizer = table_optimizer(bench.config.embedding.optimizer, bench.device)
     return {
         "copy to the device": (lambda: hosted.to(bench.device, non_blocking=True), None),
         "lookup, fused update": (
