@@ -1,45 +1,69 @@
 """Kernels compiled together, for a named GPU and without one (a subprocess)."""
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.conftest import ROOT
 
-CODE = "import json; from tests.modules import test_compile as t; print(json.dumps(t.compiled()))"
+CODE = "import sys; from tests.modules.test_compile import compile_share as c; c(*sys.argv[1:])"
 
 
-def compiled():
-    """Runs inside the subprocess: names of the kernels on the disk after each of two calls."""
+def compile_share(number: str, of: str) -> None:
+    """Runs inside the subprocess: three kernels, one of them launched twice."""
     import torch
     from triton.runtime.driver import driver
 
-    from modules.kernels.compile import compile_ahead
-    from modules.kernels.conv import causal_conv_op
+    from modules.kernels.compile import Share, compile_ahead
+    from modules.kernels.conv import causal_conv_backward_op, causal_conv_op
     from tests.gpu.lint_sass import NoDevice
 
     driver.set_active(NoDevice())
     x, weight, bias = torch.zeros(64, 128), torch.zeros(128, 4), torch.zeros(128)
-    found = []
-    for _ in range(2):
-        compile_ahead(lambda: causal_conv_op._init_fn(x, weight, bias, torch.arange(64)))
-        cache = Path(os.environ["TRITON_CACHE_DIR"])
-        found.append(sorted(one.stem for one in cache.glob("*/*.cubin")))
-    return found
+    place = torch.arange(64)
+
+    def call():
+        causal_conv_op._init_fn(x, weight, bias, place)
+        causal_conv_backward_op._init_fn(x, x, weight, bias, place)
+        causal_conv_op._init_fn(x, weight, bias, place)
+        causal_conv_op._init_fn(x.bfloat16(), weight, bias, place)
+
+    compile_ahead(call, Share(int(number), int(of)), threads=1)
 
 
-def test_kernels_are_compiled_and_not_launched(tmp_path):
+def test_kernels_are_compiled_in_shares_and_not_launched(tmp_path):
     """Launching would fail: there is no device."""
     pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE], env=env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = json.loads(done.stdout.splitlines()[-1])
-    assert "conv_kernel" in first
-    assert first == second
+    found = []
+    for number, of in [(0, 2), (1, 2), (0, 1)]:
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, str(number), str(of)],
+            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(sorted(one.stem for one in tmp_path.glob("*/*.cubin")))
+    assert found[0] == ["conv_kernel", "conv_kernel"]
+    assert found[1] == found[2] == ["conv_gradient_kernel", "conv_kernel", "conv_kernel"]
+
+
+@pytest.mark.parametrize("of", [1, 3, 4])
+def test_every_kernel_is_in_one_share(of):
+    pytest.importorskip("triton")
+    from modules.kernels.compile import Share, _ShareMode
+
+    launches = [*range(7), 3, *range(5, 11)]
+    found: list[int] = []
+    with ThreadPoolExecutor(1) as executor:
+        for number in range(of):
+            mode = _ShareMode(executor, Share(number, of))
+            taken = [mode.submit(str(one), lambda: None, print) for one in launches]
+            found += [int(key) for key in mode.future_kernels]
+            assert sum(one is not None for one in taken) >= len(mode.future_kernels)
+    assert sorted(found) == list(range(11))
