@@ -26,7 +26,7 @@ PROBE_ITEMS = 20
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of, assembled once in `trainer.main`."""
+    """What a run is made of, assembled once in `trainer.run`."""
 
     config: TrainerConfig
     seed: int
