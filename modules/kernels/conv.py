@@ -31,6 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modules.kernels.partial_sums import partial_sums
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_TAPS = (1, 2, 3, 4)
 REACH = max(KERNEL_TAPS) - 1
@@ -287,7 +289,9 @@ def conv_gradients(
             x_first, weight_EK, bias_E, place_T, dy_first, dx_first, dweight_REK, dbias_RE, T,
             groups, x_stride, dy_stride, dx_stride, E, K, COLUMNS, GROUP, add, num_warps=1,
         )  # fmt: skip
-    return dweight_REK.sum(0).to(weight_EK.dtype), dbias_RE.sum(0).to(bias_E.dtype)
+    dweight_EK = partial_sums(dweight_REK.flatten(1).unsqueeze(0)).view(E, K)
+    dbias_E = partial_sums(dbias_RE.unsqueeze(0))[0]
+    return dweight_EK.to(weight_EK.dtype), dbias_E.to(bias_E.dtype)
 
 
 @torch.library.custom_op("ssd4rec::causal_conv_backward", mutates_args=())

@@ -22,16 +22,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modules.kernels.conv import sigmoid
+from modules.kernels.partial_sums import partial_sums
+
 DTYPES = (torch.bfloat16, torch.float32)
-PROGRAMS = 1056  # of a backward: eight a multiprocessor of an H100
-FORWARD_TILE, BACKWARD_TILE = 2048, 512  # elements, by 128 threads
+# Of the backward: those that an H100's 132 multiprocessors hold at once, by 168 registers a thread.
+PROGRAMS = 132 * 12
+TILE = 512  # elements of a warp
 MAX_WIDTH = 8192
 
 
 @triton.jit
 def gated_gradient(y_RE, z_RE, dout_RE, w_E, eps, E: tl.constexpr):
     """dy, dz and the row's terms of dw of out = w * N(y, z)."""
-    sigmoid_RE = tl.sigmoid(z_RE)
+    sigmoid_RE = sigmoid(z_RE)
     silu_RE = z_RE * sigmoid_RE
     g_RE = y_RE * silu_RE
     scale_R = tl.rsqrt(tl.sum(g_RE * g_RE, 1) / E + eps)
@@ -45,7 +49,7 @@ def gated_gradient(y_RE, z_RE, dout_RE, w_E, eps, E: tl.constexpr):
 
 @triton.jit
 def normalised_gate(y_RE, z_RE, eps, E: tl.constexpr):
-    g_RE = y_RE * z_RE * tl.sigmoid(z_RE)
+    g_RE = y_RE * z_RE * sigmoid(z_RE)
     return g_RE * tl.rsqrt(tl.sum(g_RE * g_RE, 1) / E + eps)[:, None]
 
 
@@ -119,10 +123,10 @@ def gated_norm_backward_kernel(
     tl.store(dw_ptr + tl.program_id(0) * E + e_E, dw_E, mask=e_E < E)
 
 
-def tile_shape(width: int, elements: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a tile of about `elements`, in whole rows."""
+def tile_shape(width: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a tile of whole rows: where one fits, a warp has all of it."""
     columns = max(triton.next_power_of_2(width), 8)
-    return max(1, elements // columns), columns, 4 if columns <= 2048 else 8
+    return max(1, TILE // columns), columns, max(1, columns // TILE)
 
 
 @torch.library.custom_op("ssd4rec::gated_norm", mutates_args=())
@@ -133,7 +137,7 @@ def gated_norm_op(
     T, E = y_TE.shape
     y_TE, r_TE = y_TE.contiguous(), None if r_TE is None else r_TE.contiguous()
     out_TE = torch.empty_like(y_TE)
-    block_R, block_E, warps = tile_shape(E, FORWARD_TILE)
+    block_R, block_E, warps = tile_shape(E)
     if T:
         gated_norm_kernel[(triton.cdiv(T, block_R),)](
             y_TE, z_TE, w_E, r_TE, mirror_T, out_TE, T, beta, eps, z_TE.stride(0), E, block_E,
@@ -165,7 +169,7 @@ def gated_norm_gradients(
         dr_TE = y_TE.new_empty(0)
     if T == 0:
         return dy_TE, torch.zeros_like(w_E), dr_TE
-    block_R, block_E, warps = tile_shape(E, BACKWARD_TILE)
+    block_R, block_E, warps = tile_shape(E)
     tiles = triton.cdiv(T, block_R)
     programs = min(tiles, PROGRAMS)
     dw_GE = w_E.new_empty(programs, E)
@@ -174,7 +178,7 @@ def gated_norm_gradients(
         triton.cdiv(tiles, programs), beta, eps, z_TE.stride(0), dz_TE.stride(0), E, block_E,
         block_R, r_TE is not None, restore, num_warps=warps,
     )  # fmt: skip
-    return dy_TE, dw_GE.sum(0), dr_TE
+    return dy_TE, partial_sums(dw_GE.unsqueeze(0))[0], dr_TE
 
 
 @torch.library.custom_op("ssd4rec::gated_norm_backward", mutates_args=())

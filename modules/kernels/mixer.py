@@ -25,6 +25,7 @@ from torch import Tensor
 
 from modules.kernels.conv import KERNEL_TAPS, conv_gradients, convolve
 from modules.kernels.gated_norm import MAX_WIDTH, gated_norm_gradients, gated_norm_op
+from modules.kernels.partial_sums import partial_sums
 from modules.kernels.ssd import (
     DTYPES,
     SIZES,
@@ -128,7 +129,7 @@ class Scans:
         dconv_weight_MK, dconv_bias_M = of_conv[0]
         for dweight_MK, dbias_M in of_conv[1:]:
             dconv_weight_MK, dconv_bias_M = dconv_weight_MK + dweight_MK, dconv_bias_M + dbias_M
-        return dconv_weight_MK, dconv_bias_M, partial_3VZH.flatten(1, 2).sum(1)
+        return dconv_weight_MK, dconv_bias_M, partial_sums(partial_3VZH.flatten(1, 2))
 
 
 @torch.library.custom_op("ssd4rec::mixer_core", mutates_args=())

@@ -4,12 +4,12 @@ For a head with decay A < 0 and tokens i, j of one sequence,
   `y_i = Σ_{j≤i} (C_i·B_j) exp(Σ_{k=j+1..i} dt_k A) dt_j x_j + D x_i`   (Dao & Gu 2024, section 6).
 
 Forward: cut the batch into chunks (`ssd_table`), carry the state from chunk to chunk (`ssd_walk`),
-make each chunk's outputs (`ssd_forward`). Backward: the same table again, the states that the
-forward kept (N / chunk times the bytes of x; to make them anew is a third of the carrying), the
-gradient of the state carried from the end (`ssd_walk` reversed), each chunk's gradients
-(`ssd_backward`). Lengths are read on the device only: nothing here waits for the GPU, every grid
-and every scratch size follows from shapes and the whole can be captured in a CUDA graph. Sums have
-a fixed order: same inputs, same bits.
+make each chunk's outputs (`ssd_forward`), or both in one pass (`ssd_scan`). Backward: the same
+table again, the states that the forward kept (N / chunk times the bytes of x; to make them anew is
+a third of the carrying), the gradient of the state carried from the end (`ssd_walk` reversed), each
+chunk's gradients (`ssd_backward`). Lengths are read on the device only: nothing here waits for the
+GPU, every grid and every scratch size follows from shapes and the whole can be captured in a CUDA
+graph. Sums have a fixed order: same inputs, same bits.
 
 Launch options come from a small table, not from a search, so a fresh process compiles each kernel
 once.
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from modules.kernels.ssd_backward import decay_gradient_kernel, gradient_kernel
 from modules.kernels.ssd_forward import output_kernel
+from modules.kernels.ssd_scan import scan_kernel
 from modules.kernels.ssd_table import count_pieces_kernel, decay_kernel, fill_table_kernel
 from modules.kernels.ssd_walk import combine_segments_kernel, walk_kernel
 
@@ -50,6 +51,7 @@ class Launch:
     output_stages: int
     gradient_warps: int
     gradient_stages: int
+    one_pass: bool = False  # forward: see `ssd_scan`
     precision: str = "tf32x3"  # of fp32 products, within 1e-6; bf16 products ignore it
 
 
@@ -66,17 +68,18 @@ def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
     if dtype == torch.float32:  # tiles are twice as large: shorter chunks keep them on the chip
         return Launch(32, 32, 64, walk_warps=4, walk_stages=1, output_warps=4, output_stages=1,
                       gradient_warps=8, gradient_stages=1)  # fmt: skip
-    default_sizes = P == 64 and N == 64  # timed apart: 3 and 2 % of the whole
+    one_pass = P == 64 and N == 64  # timed; the walk is the backward's then
     return Launch(
         chunk=64,
         segment_chunks=16,
-        tile=128 if N <= 64 else 64,
-        walk_warps=8 if default_sizes else 4,
+        tile=128 if N <= 64 and not one_pass else 64,
+        walk_warps=4,
         walk_stages=3,
         output_warps=2 if P <= 32 or N <= 16 else 4,
-        output_stages=2 if default_sizes else 3,
+        output_stages=2 if one_pass else 3,
         gradient_warps=4,
         gradient_stages=1 if P > 32 else 2 if N == 128 else 3,
+        one_pass=one_pass,
     )
 
 
@@ -123,36 +126,66 @@ def chunk_slots(tokens: int, launch: Launch) -> int:
     return tokens // launch.chunk
 
 
-def walk(
-    key_TN: Tensor, value_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, offsets_B1: Tensor,
-    table: Table, launch: Launch, *, reverse: bool, end_BHPN: Tensor | None, mirror: bool,
-) -> Tensor:  # fmt: skip
-    """States at chunk boundaries: `[slot, H, N, P]`. `end_BHPN` is written (forward) or read."""
-    T, H, P = value_THP.shape
-    N, sequences, segments = key_TN.shape[1], offsets_B1.numel() - 1, table.segments_4Z.shape[1]
-    state_SHNP = value_THP.new_empty(table.chunk_slots, H, N, P)
-    boundary_SHNP = value_THP.new_empty(table.segment_slots, H, N, P, dtype=torch.float32)
-    boundary_decay_SH = boundary_SHNP.new_empty(table.segment_slots, H)
-    has_end = end_BHPN is not None
-    tiles = triton.cdiv(H * P, launch.tile)
+@dataclass(frozen=True)
+class Walk:
+    """The chunk states of one direction, to be carried. key, value: B and x, or C and dy.
 
-    def run(local: bool) -> None:
-        walk_kernel[(segments, tiles)](
-            key_TN, value_THP, dt_HT, c_HT, offsets_B1, table.segments_4Z, table.chunk_slot_B2,
-            state_SHNP, boundary_SHNP, boundary_decay_SH, end_BHPN, sequences, segments,
-            T, key_TN.stride(0), value_THP.stride(0), H, N, P, launch.tile, launch.chunk,
-            launch.segment_chunks, reverse, local, has_end and not local, launch.precision, mirror,
-            num_warps=launch.walk_warps, num_stages=launch.walk_stages,
-        )  # fmt: skip
+    `end_BHPN`, the states of the sequences' ends, is written (forward) or read.
+    """
 
-    if launch.chunk * launch.segment_chunks < T:  # some sequence may be longer than a segment
-        run(local=True)
-        combine_segments_kernel[(sequences, tiles)](
-            boundary_SHNP, boundary_decay_SH, table.first_B2, table.segment_slot_B2, end_BHPN,
-            sequences, H, N, P, launch.tile, reverse, has_end, num_warps=4,
+    key_TN: Tensor
+    value_THP: Tensor
+    dt_HT: Tensor
+    c_HT: Tensor
+    offsets_B1: Tensor
+    table: Table
+    launch: Launch
+    reverse: bool
+    end_BHPN: Tensor | None
+    mirror: bool
+
+    def states(self) -> Tensor:
+        """States at chunk boundaries: `[slot, H, N, P]`."""
+        state_SHNP = self.empty_states()
+        self._run(state_SHNP, *self.boundaries(), local=False)
+        return state_SHNP
+
+    def empty_states(self) -> Tensor:
+        (_, H, P), N = self.value_THP.shape, self.key_TN.shape[1]
+        return self.value_THP.new_empty(self.table.chunk_slots, H, N, P)
+
+    def boundaries(self) -> tuple[Tensor, Tensor]:
+        """States where a sequence's segments meet, and decays from one to the next, fp32.
+
+        Unwritten where no sequence can be longer than a segment.
+        """
+        (T, H, P), N = self.value_THP.shape, self.key_TN.shape[1]
+        launch, table = self.launch, self.table
+        state_SHNP = self.value_THP.new_empty(table.segment_slots, H, N, P, dtype=torch.float32)
+        decay_SH = state_SHNP.new_empty(table.segment_slots, H)
+        if launch.chunk * launch.segment_chunks < T:
+            sequences = self.offsets_B1.numel() - 1
+            self._run(None, state_SHNP, decay_SH, local=True)
+            combine_segments_kernel[(sequences, triton.cdiv(H * P, launch.tile))](
+                state_SHNP, decay_SH, table.first_B2, table.segment_slot_B2, self.end_BHPN,
+                sequences, H, N, P, launch.tile, self.reverse, self.end_BHPN is not None,
+                num_warps=4,
+            )  # fmt: skip
+        return state_SHNP, decay_SH
+
+    def _run(
+        self, state_SHNP: Tensor | None, boundary_SHNP: Tensor, decay_SH: Tensor, local: bool
+    ) -> None:
+        (T, H, P), N = self.value_THP.shape, self.key_TN.shape[1]
+        launch, table, segments = self.launch, self.table, self.table.segments_4Z.shape[1]
+        walk_kernel[(triton.cdiv(H * P, launch.tile) * segments,)](
+            self.key_TN, self.value_THP, self.dt_HT, self.c_HT, self.offsets_B1,
+            table.segments_4Z, table.chunk_slot_B2, state_SHNP, boundary_SHNP, decay_SH,
+            self.end_BHPN, self.offsets_B1.numel() - 1, segments, T, self.key_TN.stride(0),
+            self.value_THP.stride(0), H, N, P, launch.tile, launch.chunk, launch.segment_chunks,
+            self.reverse, local, self.end_BHPN is not None and not local, launch.precision,
+            self.mirror, num_warps=launch.walk_warps, num_stages=launch.walk_stages,
         )  # fmt: skip
-    run(local=False)
-    return state_SHNP
 
 
 def decays(
@@ -194,11 +227,19 @@ def scan(
     T, H, P = x_THP.shape
     N, sequences, chunks = B_TN.shape[1], offsets_B1.numel() - 1, table.chunks_4Z.shape[1]
     y_THP = torch.empty(T, H, P, dtype=x_THP.dtype, device=x_THP.device)
-    state_SHNP = walk(
-        B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=False, end_BHPN=end_BHPN,
-        mirror=mirror,
-    )  # fmt: skip
-    groups = head_groups(chunks, H, limit=H)
+    walk = Walk(B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, False, end_BHPN, mirror)
+    if launch.one_pass:
+        state_SHNP, segments = walk.empty_states(), table.segments_4Z.shape[1]
+        boundary_SHNP, _ = walk.boundaries()
+        scan_kernel[(H * segments,)](
+            x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.segments_4Z,
+            table.chunk_slot_B2, state_SHNP, boundary_SHNP, end_BHPN, y_THP, sequences, segments,
+            T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), H, N, P, launch.chunk,
+            launch.segment_chunks, end_BHPN is not None, launch.precision, mirror,
+            num_warps=launch.output_warps, num_stages=launch.output_stages,
+        )  # fmt: skip
+        return y_THP, state_SHNP
+    state_SHNP, groups = walk.states(), head_groups(chunks, H, limit=H)
     output_kernel[(chunks, groups)](
         x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, y_THP,
         sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), H,
@@ -239,10 +280,9 @@ def scan_gradients(
         dB_GTN, dC_GTN = dBC_GTK.split(N, dim=2)
     qors_4HT = dt_HT.new_empty(4, H, T)
     sums = Sums(qors_4HT, qors_4HT[1], dt_HT.new_empty(chunks, H))
-    dstate_SHNP = walk(
-        C_TN, dy_THP, dt_HT, c_HT, offsets_B1, table, launch, reverse=True, end_BHPN=dend_BHPN,
-        mirror=mirror,
-    )  # fmt: skip
+    dstate_SHNP = Walk(
+        C_TN, dy_THP, dt_HT, c_HT, offsets_B1, table, launch, True, dend_BHPN, mirror
+    ).states()
     gradient_kernel[(chunks, groups)](
         x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, dstate_SHNP,
         dend_BHPN, dy_THP, dx_THP, *qors_4HT, sums.through_ZH, dB_GTN, dC_GTN, dD_ZH,

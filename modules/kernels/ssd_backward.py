@@ -93,11 +93,18 @@ def gradient_kernel(
     for head in tl.range(first_head, last_head, disable_licm=True):
         token_row = head * row + start
         x_base = x_ptr + first * x_stride + head * P
-        x_QP = tl.load(x_base + x_QP_offset, mask=here_Q[:, None], other=0.0)
+        x_QP = tl.load(
+            x_base + x_QP_offset, mask=here_Q[:, None], other=0.0, eviction_policy="evict_first"
+        )
         dy_base = dy_ptr + first * dy_stride + head * P
-        dy_QP = tl.load(dy_base + dy_QP_offset, mask=here_Q[:, None], other=0.0)
+        dy_QP = tl.load(
+            dy_base + dy_QP_offset, mask=here_Q[:, None], other=0.0, eviction_policy="evict_last"
+        )
         g_base = dstate_base + head * (N * P)
-        g_NP = tl.load(g_base + state_NP_offset, mask=index < count - 1, other=0.0)
+        g_NP = tl.load(
+            g_base + state_NP_offset, mask=index < count - 1, other=0.0,
+            eviction_policy="evict_last",
+        )  # fmt: skip
         if HAS_END:
             dend_base = dend_ptr + (sequence.to(tl.int64) * H + head) * (N * P)
             dend_ptrs = dend_base + (p_P[None, :] * N + n_N[:, None])
@@ -131,14 +138,22 @@ def gradient_kernel(
     tl.store(dB_ptr + token_row_QN, dB_QN.to(dB_ptr.dtype.element_ty), mask=here_Q[:, None])
     dC_NQ = tl.dot(tl.trans(B_QN), mixed_JI, input_precision=PRECISION)
 
-    if index > 0:  # the state that came in
+    if index > 0:  # the state that came in; from the last head, whose dy and g are still in L2
         C_NQ = tl.trans(C_QN)
-        for head in tl.range(first_head, last_head, disable_licm=True):
+        for step in tl.range(first_head, last_head, disable_licm=True):
+            head = first_head + last_head - 1 - step
             dy_base = dy_ptr + first * dy_stride + head * P
-            dy_QP = tl.load(dy_base + dy_QP_offset, mask=here_Q[:, None], other=0.0)
-            h_NP = tl.load(state_base + head * (N * P) + state_NP_offset)
+            dy_QP = tl.load(
+                dy_base + dy_QP_offset, mask=here_Q[:, None], other=0.0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+            h_base = state_base + head * (N * P)
+            h_NP = tl.load(h_base + state_NP_offset, eviction_policy="evict_first")
             g_base = dstate_base + head * (N * P)
-            g_NP = tl.load(g_base + state_NP_offset, mask=index < count - 1, other=0.0)
+            g_NP = tl.load(
+                g_base + state_NP_offset, mask=index < count - 1, other=0.0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
             if HAS_END:
                 dend_base = dend_ptr + (sequence.to(tl.int64) * H + head) * (N * P)
                 dend_ptrs = dend_base + (p_P[None, :] * N + n_N[:, None])

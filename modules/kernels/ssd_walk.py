@@ -57,7 +57,8 @@ def walk_kernel(
     """Walk one segment. `end` is the sequence's last state: written (forward) or read (reverse)."""
     G: tl.constexpr = W // P if W > P else 1
     STEP: tl.constexpr = -1 if MIRROR else 1
-    segment = tl.program_id(0)
+    TILES: tl.constexpr = (H * P + W - 1) // W  # of one segment side by side: the same rows
+    tile, segment = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     sequence, index, count, segment_slot = piece_row(table_ptr, segment, segments)
     if sequence < 0 or sequence >= sequences:
         return
@@ -78,10 +79,10 @@ def walk_kernel(
         high = tl.minimum(high, chunks - 1)
 
     n_N = tl.arange(0, N)
-    w_W = tl.program_id(1) * W + tl.arange(0, W)
+    w_W = tile * W + tl.arange(0, W)
     inside_W = w_W < H * P
-    head_G = tl.program_id(1) * W // P + tl.arange(0, G)
-    head_row = (tl.program_id(1) * W // P).to(tl.int64) * tokens
+    head_G = tile * W // P + tl.arange(0, G)
+    head_row = (tile * W // P).to(tl.int64) * tokens
     head_row_G = head_G.to(tl.int64) * tokens
     q_Q = tl.arange(0, CHUNK)
     state_offset_NW = n_N[:, None] * P + (w_W // P * (N * P) + w_W % P)[None, :]

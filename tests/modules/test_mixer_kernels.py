@@ -136,15 +136,15 @@ def errors_of_last(case, both):
     return errors_between(last_outputs(case, both), expected)
 
 
-def small_chunks():
+def small_chunks(one_pass=False):
     """Runs inside the subprocess: the sizes of the cases are many chunks, and several segments."""
     from modules.kernels import ssd
 
-    ssd.choose_launch = lambda *_: ssd.Launch(16, 2, 64, 1, 1, 1, 1, 1, 1)
+    ssd.choose_launch = lambda *_: ssd.Launch(16, 2, 64, 1, 1, 1, 1, 1, 1, one_pass)
 
 
-def errors_of_core():
-    small_chunks()
+def errors_of_core(one_pass=False):
+    small_chunks(one_pass)
     return {
         f"{name}, {direction}": errors_of(make_case(*case), direction)
         for name, case in CASES.items()
@@ -153,11 +153,12 @@ def errors_of_core():
 
 
 def one_group():
-    """As `errors_of_core`, with all heads of a chunk in one program, as at many tokens."""
+    """As `errors_of_core`, with all heads of a chunk in one program, as at many tokens, and with
+    states and outputs in one pass."""
     from modules.kernels import ssd
 
     ssd.head_groups = lambda *_, **__: 1
-    return errors_of_core()
+    return errors_of_core(one_pass=True)
 
 
 def errors_of_ends():

@@ -4,6 +4,7 @@ The interpreter must be on before Triton's decorators run, so each test runs thi
 in a subprocess: no other test sees the switch. Small sizes: the interpreter is slow.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -55,12 +56,13 @@ def relative(a, b):
     return ((a.double() - b).norm() / b.norm().clamp_min(1e-6)).item()
 
 
-def errors_of(name, final_states):
+def errors_of(name, final_states, one_pass):
     """Runs inside the subprocess: relative errors of outputs and gradients."""
     from modules.kernels import ssd
 
     lengths, T, H, P, N, chunk, segment_chunks, tile = CASES[name]
-    ssd.choose_launch = lambda *_: ssd.Launch(chunk, segment_chunks, tile, 1, 1, 1, 1, 1, 1)
+    launch = ssd.Launch(chunk, segment_chunks, tile, 1, 1, 1, 1, 1, 1, one_pass)
+    ssd.choose_launch = lambda *_: launch
     inputs, offsets, dy, dfinal = make_inputs(lengths, T, H, P, N)
     ours = [t.detach().requires_grad_() for t in inputs]
     exact = [t.double().requires_grad_() for t in inputs]
@@ -89,14 +91,15 @@ def errors_of(name, final_states):
 
 def errors_of_all():
     """Every case with and without final states, in one process: starting one takes seconds."""
-    return {f"{name}, {final}": errors_of(name, final) for name in CASES for final in (False, True)}
+    cases = itertools.product(CASES, (False, True), (False, True))
+    return {", ".join(map(str, case)): errors_of(*case) for case in cases}
 
 
-def leak():
+def leak(one_pass):
     """Changing one sequence changes no bit of its neighbours; NaN stays where it is."""
     from modules.kernels import ssd
 
-    ssd.choose_launch = lambda *_: ssd.Launch(16, 2, 64, 1, 1, 1, 1, 1, 1)
+    ssd.choose_launch = lambda *_: ssd.Launch(16, 2, 64, 1, 1, 1, 1, 1, 1, one_pass)
     inputs, offsets, dy, _ = make_inputs([20, 37, 20], 80, 2, 16, 16)
 
     def run(values):
@@ -147,16 +150,18 @@ def all_errors():
     return in_interpreter("errors_of_all")
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("final_states", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(all_errors, name, final_states):
-    errors = dict(all_errors[f"{name}, {final_states}"])
+def test_values_and_gradients(all_errors, name, final_states, one_pass):
+    errors = dict(all_errors[f"{name}, {final_states}, {one_pass}"])
     assert errors.pop("padding") == 0.0
     assert max(errors.values()) < 1e-5, errors
 
 
-def test_sequences_do_not_leak():
-    assert in_interpreter("leak") == {"differs": 0.0}
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_sequences_do_not_leak(one_pass):
+    assert in_interpreter("leak", one_pass) == {"differs": 0.0}
 
 
 def test_opcheck():
