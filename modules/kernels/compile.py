@@ -1,15 +1,18 @@
 """Compiling the kernels of a call side by side, before it runs.
 
 Triton compiles a kernel at its first launch, one after the other: the two dozen of a training step
-took 22 s of a fresh process with a cold cache. LLVM and ptxas leave Python free, so threads compile
-as many at a time as there are cores. Triton's front end does not, so several processes take shares.
+took 22 s of a fresh process with a cold cache. LLVM, ptxas and the C compiler leave Python free, so
+threads compile as many at a time as there are cores. Triton's front end does not, so several
+processes take shares.
 """
 
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from triton.runtime._async_compile import AsyncCompileMode, active_mode
 from triton.runtime.jit import JITFunction
 
@@ -38,8 +41,15 @@ class _ShareMode(AsyncCompileMode):
     ) -> Any:
         place = self._places.setdefault(key, len(self._places))
         if place % self._share.of == self._share.number:
-            return super().submit(key, compile_fn, finalize_fn)
+            return super().submit(key, partial(_with_launcher, compile_fn), finalize_fn)
         return None
+
+
+def _with_launcher(compile_fn: Callable[[], Any]) -> Any:
+    """The compiled kernel with its launcher, C that Triton else compiles at the first launch."""
+    kernel = compile_fn()
+    kernel.run  # noqa: B018
+    return kernel
 
 
 def compile_ahead(
@@ -52,7 +62,10 @@ def compile_ahead(
     launched in autograd's own threads. threads: by default as many as there are cores.
     """
     launch = JITFunction.run
-    with ThreadPoolExecutor(threads or os.cpu_count()) as executor:
+    on_device = None  # a thread begins at the first one
+    if torch.cuda.is_available():
+        on_device = partial(torch.cuda.set_device, torch.cuda.current_device())
+    with ThreadPoolExecutor(threads or os.cpu_count(), initializer=on_device) as executor:
         together = _ShareMode(executor, share)
 
         def compile_only(

@@ -47,6 +47,18 @@ class NoDevice:
     def map_python_to_cpp_type(self, ty):
         return ty
 
+    def launcher_cls(self, src, metadata):
+        return None
+
+    class utils:  # noqa: N801
+        @staticmethod
+        def get_device_properties(device):
+            return {"max_shared_mem": 227 * 1024}
+
+        @staticmethod
+        def load_binary(*_):
+            return object(), object(), 0, 0, 1024
+
 
 def findings(sass):
     """Lines of SASS that carry one of the two traces."""
