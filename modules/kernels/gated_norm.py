@@ -29,6 +29,8 @@ DTYPES = (torch.bfloat16, torch.float32)
 # Of the backward: those that an H100's 132 multiprocessors hold at once, by 168 registers a thread.
 PROGRAMS = 132 * 12
 TILE = 512  # elements of a warp
+# Of a program. A backward's works through many tiles: with one it has whole rows, and never waits.
+FORWARD_WARPS, BACKWARD_WARPS = 4, 1
 MAX_WIDTH = 8192
 
 
@@ -123,10 +125,10 @@ def gated_norm_backward_kernel(
     tl.store(dw_ptr + tl.program_id(0) * E + e_E, dw_E, mask=e_E < E)
 
 
-def tile_shape(width: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a tile of whole rows: where one fits, a warp has all of it."""
+def tile_shape(width: int, warps: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a tile of whole rows. Wide rows take more warps."""
     columns = max(triton.next_power_of_2(width), 8)
-    return max(1, TILE // columns), columns, max(1, columns // TILE)
+    return max(1, TILE * warps // columns), columns, max(warps, columns // TILE)
 
 
 @torch.library.custom_op("ssd4rec::gated_norm", mutates_args=())
@@ -137,7 +139,7 @@ def gated_norm_op(
     T, E = y_TE.shape
     y_TE, r_TE = y_TE.contiguous(), None if r_TE is None else r_TE.contiguous()
     out_TE = torch.empty_like(y_TE)
-    block_R, block_E, warps = tile_shape(E)
+    block_R, block_E, warps = tile_shape(E, FORWARD_WARPS)
     if T:
         gated_norm_kernel[(triton.cdiv(T, block_R),)](
             y_TE, z_TE, w_E, r_TE, mirror_T, out_TE, T, beta, eps, z_TE.stride(0), E, block_E,
@@ -169,7 +171,7 @@ def gated_norm_gradients(
         dr_TE = y_TE.new_empty(0)
     if T == 0:
         return dy_TE, torch.zeros_like(w_E), dr_TE
-    block_R, block_E, warps = tile_shape(E)
+    block_R, block_E, warps = tile_shape(E, BACKWARD_WARPS)
     tiles = triton.cdiv(T, block_R)
     programs = min(tiles, PROGRAMS)
     dw_GE = w_E.new_empty(programs, E)

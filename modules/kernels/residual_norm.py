@@ -18,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from modules.kernels.dropout import draw_seed, keep_scale, threshold_of
-from modules.kernels.gated_norm import DTYPES, MAX_WIDTH, load_tile, tile_shape
+from modules.kernels.gated_norm import (
+    BACKWARD_WARPS,
+    DTYPES,
+    FORWARD_WARPS,
+    MAX_WIDTH,
+    load_tile,
+    tile_shape,
+)
 from modules.kernels.partial_sums import partial_sums
 
 PROGRAMS = 132 * 16  # of the backward, as those of `gated_norm`
@@ -124,7 +131,7 @@ def residual_norm_op(
     T, D = a_TD.shape
     a_TD, x_TD = a_TD.contiguous(), None if x_TD is None else x_TD.contiguous()
     out_TD = torch.empty_like(a_TD, dtype=dtype)
-    block_R, block_D, warps = tile_shape(D)
+    block_R, block_D, warps = tile_shape(D, FORWARD_WARPS)
     if T:
         residual_norm_kernel[(triton.cdiv(T, block_R),)](
             a_TD, x_TD, a_bias_D, w_D, bias_D, seed, out_TD, T, threshold, eps, D, block_D,
@@ -155,7 +162,7 @@ def residual_norm_backward_op(
     P = 2 if a_bias_D is None else 3
     if T == 0:
         return ds_TD, w_D.new_zeros(P, D)
-    block_R, block_D, warps = tile_shape(D)
+    block_R, block_D, warps = tile_shape(D, BACKWARD_WARPS)
     tiles = triton.cdiv(T, block_R)
     programs = min(tiles, PROGRAMS)
     partial_PGD = w_D.new_empty(P, programs, D)
