@@ -405,10 +405,18 @@ def test_a_flipped_bit_is_found_before_anything_is_written(made, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_each_process_needs_a_card(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(InputError, match=r"cuda needs a GPU .* has 1; start fewer processes"):
+def test_processes_share_the_cards_of_a_host(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = []
+    for local_rank in range(5):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        found.append(tool.Place.of("cuda").device.index)
+    assert found == [0, 1, 0, 1, 0]
+
+
+def test_a_card_that_is_not_there_is_refused(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="device=cuda, but torch sees no GPU; use device=cpu"):
         score(config(made, tmp_path / "s", device="cuda"))
     assert not (tmp_path / "s").exists()
 

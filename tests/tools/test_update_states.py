@@ -245,10 +245,7 @@ def test_refusals(made, days, tmp_path):
 
 def test_a_gpu_that_is_not_there_is_refused(made, days, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(
-        InputError,
-        match=r"device=cuda needs a GPU for each .*, which has 0; start fewer .* or use device=cpu",
-    ):
+    with pytest.raises(InputError, match="device=cuda, but torch sees no GPU; use device=cpu"):
         move(made, tmp_path / "s", days[0], device="cuda")
 
 
