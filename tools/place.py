@@ -20,7 +20,7 @@ class Place:
 
     @classmethod
     def of(cls, device: str) -> "Place":
-        """device: one of DEVICES. Where a host has more processes than GPUs, they share them evenly.
+        """device: one of DEVICES. Where there are more processes than GPUs, they share them evenly.
 
         Raises InputError for a device that this host lacks.
         """
