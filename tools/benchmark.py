@@ -23,7 +23,7 @@ from trainer.distributed import process_group, quiet_libraries
 
 SUITES = (
     *("ssd", "layer", "loss", "table", "data", "step", "state", "checkpoint"),
-    *("scoring", "soak", "peers"),
+    *("scoring", "soak", "peers", "kernels"),
 )
 BUDGET_MS, QUICK_BUDGET_MS = 200.0, 60.0  # of each timing
 

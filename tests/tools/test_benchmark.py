@@ -15,7 +15,7 @@ from data.reader import HistoryDataset
 from data.schema import RESERVED_ROWS
 from data.vocabulary import Vocabulary
 from tools.benchmark import SUITES, chosen, main
-from tools.benchmarks import attention, inputs, loss, published, ssd, table
+from tools.benchmarks import attention, inputs, kernels, loss, published, ssd, table
 from tools.benchmarks.measure import Ceilings, Floor, Timer, Times
 from tools.benchmarks.passes import new_encoder
 from trainer.config import ModelConfig
@@ -85,6 +85,16 @@ def test_attention_peer_is_causal_and_stays_in_its_history() -> None:
     x_TD[7] += torch.randn(16)
     changed = (encoder(x_TD, offsets_B1) - before).abs().amax(1) > 1e-6
     assert changed.nonzero().flatten().tolist() == [7, 8, 9]
+
+
+def test_kernels_are_told_apart_and_sorted() -> None:
+    a = torch.ones(256, 256)
+    found = kernels.profiled(lambda: torch.relu(a @ a @ a), torch.device("cpu"))
+    assert next(iter(found)) == "aten::mm"
+    assert {"aten::relu", "aten::clamp_min"} & set(found)
+    times = [one.median_ms for one in found.values()]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] > 0
 
 
 def test_times_are_order_statistics() -> None:
