@@ -30,7 +30,7 @@ class SequenceBatch(Positions, Pipelineable):
         in the one item table. Masked items already carry MASK_ROW; tokens behind the last history
         and unused candidates carry PADDING_ROW. Its samples are even shares of the ids and mean
         nothing: sequences are in `offsets_B1`.
-    The other ids are those of `Positions`.
+    The other fields are those of `Positions`.
     step_targets: float32 scalar, the number of targets in this step's batches of all ranks.
     """
 
@@ -102,6 +102,7 @@ def to_batch(
     log_counts_C: np.ndarray | None,
     step_targets: int,
 ) -> SequenceBatch:
+    """A pack with its candidates, as tensors on the same memory."""
     return SequenceBatch.build(
         torch.from_numpy(pack.history_T),
         torch.from_numpy(candidates_C),

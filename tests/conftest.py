@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.distributed import World, process_group, quiet_libraries
+from trainer.distributed import process_group, quiet_libraries
+from trainer.world import World
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint import LoadPlanner
 
 from data.errors import InputError, reason
 from trainer import checkpoint_files as files
-from trainer.distributed import World
 from trainer.sharding import Sharded
+from trainer.world import World
 
 FOLDER = "checkpoints"
 STATE = "state.json"

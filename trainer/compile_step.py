@@ -9,10 +9,8 @@ FBGEMM nor TorchRec, whose imports it is there to overlap.
 Legend: T tokens, C candidates, D width.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,13 +34,11 @@ from trainer.resolve import OBJECTIVES, resolve
 from trainer.world import World
 
 # A batch is cut to about so many tokens, and more where rows are narrow: above these sizes no
-# kernel's constants depend on them (`head_groups` of modules.kernels.ssd, `partial_sums`).
+# kernel's constants depend on them (`head_groups` of modules.kernels.ssd).
 MOST_TOKENS, MOST_NUMBERS = 40_960, 1 << 22
 # By multiples of this: 16 chunks, so that slices of tensors stay aligned as they were.
 CUT = 1_024
 MOST_ROWS = 32_768  # of a full softmax: of candidates no constant depends on the number
-
-PR_SET_PDEATHSIG = 1
 
 
 def cut_tokens(tokens: int, width: int) -> int:
@@ -103,12 +99,6 @@ def compile_share(config: Config, number: int, of: int, threads: int) -> None:
     compile_ahead(step, Share(number, of), threads)
 
 
-def end_with_parent() -> None:
-    """Have the kernel end this process with the one that started it, however that ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    end_with_parent()
     what = json.loads(sys.argv[1])
     compile_share(Config.of(what.pop("config")), **what)

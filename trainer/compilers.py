@@ -13,23 +13,28 @@ import ctypes
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 from data.schema import MANIFEST
+from modules.cores import cores
 from trainer.config import Config
 
 ROOT = Path(__file__).parent.parent
 LIMIT_SECONDS = 60.0  # from the children's start
 MOST_CHILDREN, CORES_A_CHILD = 4, 4
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
 COMPUTE_MODE, SHARED = 20, 0  # CU_DEVICE_ATTRIBUTE_COMPUTE_MODE, CU_COMPUTEMODE_DEFAULT
 # Code that decides which kernels a config has, and of which constants.
 SOURCES = ("modules/**/*.py", "trainer/compile_step.py", "trainer/parts.py", "trainer/resolve.py")
@@ -42,8 +47,9 @@ def compilers_of(config: Config, plain: dict[str, Any]) -> Iterator["Compilers"]
     There are some only where this is the first rank of its host, the run will train on a GPU, and
     the kernels of its config are not in Triton's cache. plain: what `config` was made of.
     """
-    compilers = Compilers(*_work(config, plain))
+    compilers = Compilers()
     try:
+        compilers.begin(lambda: _work(config, plain))
         yield compilers
     finally:
         compilers.end()
@@ -60,7 +66,7 @@ def _work(config: Config, plain: dict[str, Any]) -> tuple[list[list[str]], Path]
     if gpu is None or not manifest.exists():
         return nothing
     marker = cache_folder() / marker_name(plain, manifest.read_bytes(), gpu)
-    return ([] if marker.exists() else commands(plain, os.cpu_count() or 1)), marker
+    return ([] if marker.exists() else commands(plain, cores())), marker
 
 
 def commands(plain: dict[str, Any], cores: int) -> list[list[str]]:
@@ -117,25 +123,43 @@ def gpu_name() -> str | None:
     return name.value.decode() if found and mode.value == SHARED else None
 
 
+def end_with(parent: int) -> None:
+    """Have Linux end this process with the one that started it, however that ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Compilers:
-    """Running children, one a command; `wait` for them or `end` them.
+    """Children that compile: `begin`, then `wait` for them or `end` them."""
 
-    marker: made once all of them have ended well.
-    """
+    def __init__(self, limit_seconds: float = LIMIT_SECONDS) -> None:
+        self._limit_seconds = limit_seconds
+        self._deadline = 0.0
+        self._marker = Path()
+        self._children: list[_Child] = []
+        self._failure: str | None = None
 
-    def __init__(
-        self, commands: list[list[str]], marker: Path, limit_seconds: float = LIMIT_SECONDS
-    ) -> None:
-        self._marker = marker
-        self._deadline = time.monotonic() + limit_seconds
-        self._children = [_Child(command) for command in commands]
+    def begin(self, work: Callable[[], tuple[list[list[str]], Path]]) -> None:
+        """Start a child for each command of `work`.
+
+        The other half of its answer is the marker, which is made once all of them have ended well.
+        What keeps them from starting is for `wait` to say.
+        """
+        try:
+            commands, self._marker = work()
+            self._deadline = time.monotonic() + self._limit_seconds
+            for command in commands:
+                self._children.append(_Child(command, self._marker.parent))
+        except (OSError, PackageNotFoundError) as error:
+            self._failure = f"failed ({error})"
 
     def wait(self) -> str | None:
         """Wait for the children, until the limit; a sentence on what failed.
 
-        Afterwards none is alive, and none holds memory of the device.
+        Afterwards no child is alive, and none holds memory of the device.
         """
-        failures = [one.failure(self._deadline) for one in self._children]
+        failures = [self._failure, *(one.failure(self._deadline) for one in self._children)]
         self.end()
         found = [one for one in failures if one]
         if self._children and not found:
@@ -152,14 +176,18 @@ class Compilers:
 
 
 class _Child:
-    def __init__(self, command: list[str]) -> None:
+    """A running command, whose kernels go to `cache`."""
+
+    def __init__(self, command: list[str], cache: Path) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
+            env={**os.environ, "TRITON_CACHE_DIR": str(cache.absolute())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
+            preexec_fn=partial(end_with, os.getpid()),
         )
 
     def failure(self, deadline: float) -> str | None:

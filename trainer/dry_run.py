@@ -13,10 +13,10 @@ from modules.losses import LOGIT_BYTES
 from modules.recommender import Recommender
 from tools.benchmarks.measure import Ceilings, Floor, Timer, link_rate, measure_ceilings
 from trainer.config import Config
-from trainer.distributed import World
 from trainer.memory import WEIGHT_BYTES, TableMemory, memory_by_rank, size
 from trainer.observe import flops_per_token
 from trainer.resolve import candidate_count, reads, repeat_bytes, scored_candidates
+from trainer.world import World
 
 TRIAL_TOKENS = 1024  # of one history, for counting what the encoder saves
 BUDGET_MS = 100.0  # of each ceiling's measurement

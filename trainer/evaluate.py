@@ -25,7 +25,7 @@ from data.evaluation import EvaluationBatch
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from data.statistics import bounds, octaves, standard_error
 from modules.recommender import Recommender
-from trainer.distributed import World
+from trainer.world import World
 
 CUTOFFS = (10, 20)
 DIVERGED = (

@@ -11,7 +11,6 @@ from data.evaluation import EvaluationBatches
 from data.loader import Step, TrainingSteps
 from trainer.checkpoint import RunState
 from trainer.config import TrainerConfig
-from trainer.distributed import World
 from trainer.evaluate import evaluate, top_items
 from trainer.observe import Observer
 from trainer.saver import Saver
@@ -19,6 +18,7 @@ from trainer.sharding import Sharded
 from trainer.stepper import Stepper
 from trainer.stop import signal_name
 from trainer.watchdog import Watchdog
+from trainer.world import World
 
 PROBE_USERS = 64
 PROBE_ITEMS = 20

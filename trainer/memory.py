@@ -16,7 +16,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from data.errors import InputError
 from trainer.config import TableConfig
-from trainer.distributed import World
+from trainer.world import World
 
 # Numbers of optimizer state beside a row of D weights, as a multiple of D and a constant.
 STATE_NUMBERS = {

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from data.errors import InputError
 from data.loader import Step
 from trainer.config import ModelConfig
-from trainer.distributed import World
 from trainer.evaluate import DIVERGED
 from trainer.stepper import Outcome
 from trainer.stop import StopRequest
+from trainer.world import World
 
 # Dense bf16 matmul rates of the data sheets, FLOP/s; MFU is shown for these devices only.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from data.errors import InputError
 from data.reader import HistoryDataset, damaged_files
 from trainer.config import DataConfig
-from trainer.distributed import World
+from trainer.world import World
 
 
 def open_data(folder: Path, data: DataConfig, world: World) -> HistoryDataset:

@@ -8,7 +8,7 @@ from trainer import build, checkpoint
 from trainer.checkpoint import RunState
 from trainer.compilers import Compilers
 from trainer.config import Config, resolve_paths
-from trainer.distributed import World, process_group, quiet_libraries
+from trainer.distributed import process_group, quiet_libraries
 from trainer.dry_run import report_dry_run
 from trainer.finish import finish
 from trainer.loop import Run, train
@@ -22,6 +22,7 @@ from trainer.sharding import Sharded, describe_plan, plan_table, shard
 from trainer.stop import stop_request
 from trainer.warm_start import warm_start
 from trainer.watchdog import Watchdog
+from trainer.world import World
 
 
 def run(config: Config, compilers: Compilers, started: float) -> None:
@@ -78,7 +79,7 @@ def run_rank(
             config.trainer.asynchronous_checkpoints,
             observer.say,
         )
-        run = Run(
+        parts = Run(
             config=config.trainer,
             seed=config.seed,
             run_dir=run_dir,
@@ -92,10 +93,10 @@ def run_rank(
             started=started,
             earlier_seconds=before.seconds,
         )
-        state = train(run, steps, before)
+        state = train(parts, steps, before)
         observer.close()
         if state.step > before.step or not folder.finished:
-            finish(run, test, dataset, vocabulary, state, steps.counts)
+            finish(parts, test, dataset, vocabulary, state, steps.counts)
         elif world.is_main:
             write_report(run_dir)
             print(f"this run is finished: its summary.json and {REPORT} are in {run_dir}")

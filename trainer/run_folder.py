@@ -22,7 +22,7 @@ from data.schema import MANIFEST, write_atomically
 from data.vocabulary import Vocabulary
 from trainer.checkpoint import CONFIG, FOLDER, find_damage, list_checkpoints
 from trainer.config import Config, completed
-from trainer.distributed import World
+from trainer.world import World
 
 T = TypeVar("T")
 

@@ -31,8 +31,8 @@ from trainer.checkpoint import (
     read_state,
     state_tensors,
 )
-from trainer.distributed import World
 from trainer.sharding import Sharded
+from trainer.world import World
 
 T = TypeVar("T")
 

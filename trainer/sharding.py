@@ -31,9 +31,10 @@ from data.errors import InputError
 from modules.item_table import TABLE, fill_rows
 from modules.recommender import Recommender
 from trainer.config import TableConfig, TrainerConfig
-from trainer.distributed import World, ids_group
+from trainer.distributed import ids_group
 from trainer.memory import Memory, TableMemory, free_memory, memory_by_rank, require_room
 from trainer.resolve import table_learning_rate, table_optimizer
+from trainer.world import World
 
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 KERNELS = {

@@ -11,9 +11,10 @@ from torch import Tensor
 from data.batch import SequenceBatch
 from data.loader import Step
 from trainer.config import TrainerConfig
-from trainer.distributed import World, seed_step
+from trainer.distributed import seed_step
 from trainer.graphs import captured
 from trainer.sharding import Sharded, table_kernels
+from trainer.world import World
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from modules.item_table import TABLE
 from trainer import checkpoint
 from trainer.checkpoint_files import Planner
 from trainer.config import Config, completed
-from trainer.distributed import World
 from trainer.sharding import Sharded
+from trainer.world import World
 
 
 def warm_start(config: Config, vocabulary: Vocabulary, sharded: Sharded, world: World) -> str:

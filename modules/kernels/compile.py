@@ -6,7 +6,6 @@ threads compile as many at a time as there are cores. Triton's front end does no
 processes take shares.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from triton.runtime._async_compile import AsyncCompileMode, active_mode
 from triton.runtime.jit import JITFunction
+
+from modules.cores import cores
 
 
 class Share(NamedTuple):
@@ -65,7 +66,7 @@ def compile_ahead(
     on_device = None  # a thread begins at the first one
     if torch.cuda.is_available():
         on_device = partial(torch.cuda.set_device, torch.cuda.current_device())
-    with ThreadPoolExecutor(threads or os.cpu_count(), initializer=on_device) as executor:
+    with ThreadPoolExecutor(threads or cores(), initializer=on_device) as executor:
         together = _ShareMode(executor, share)
 
         def compile_only(

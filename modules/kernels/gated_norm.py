@@ -26,8 +26,8 @@ from modules.kernels.conv import sigmoid
 from modules.kernels.partial_sums import partial_sums
 
 DTYPES = (torch.bfloat16, torch.float32)
-# Of the backward: those that an H100's 132 multiprocessors hold at once, by 168 registers a thread.
-PROGRAMS = 132 * 12
+# Warps of the backward that an H100's 132 multiprocessors hold at once, by 168 registers a thread.
+WARPS = 132 * 12
 TILE = 512  # elements of a warp
 # Of a program. A backward's works through many tiles: with one it has whole rows, and never waits.
 FORWARD_WARPS, BACKWARD_WARPS = 4, 1
@@ -173,7 +173,7 @@ def gated_norm_gradients(
         return dy_TE, torch.zeros_like(w_E), dr_TE
     block_R, block_E, warps = tile_shape(E, BACKWARD_WARPS)
     tiles = triton.cdiv(T, block_R)
-    programs = min(tiles, PROGRAMS)
+    programs = min(tiles, WARPS // warps)
     dw_GE = w_E.new_empty(programs, E)
     gated_norm_backward_kernel[(programs,)](
         dout_TE, y_TE, z_TE, w_E, r_TE, mirror_T, dy_TE, dz_TE, dr_TE, dw_GE, T,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 16  # of a tile
-ROWS = 1024  # of a tile, at most
+ROWS = 1024  # of a tile, however many there are: one kernel for all numbers of programs
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -34,8 +34,7 @@ def partial_sums(partial_PGD: Tensor) -> Tensor:
     """[P, D], the sums over G of fp32 [P, G, D], contiguous."""
     P, G, D = partial_PGD.shape
     sum_PD = torch.empty(P, D, dtype=torch.float32, device=partial_PGD.device)
-    rows = min(triton.next_power_of_2(G), ROWS)
     partial_sums_kernel[(triton.cdiv(D, COLUMNS), P)](
-        partial_PGD, sum_PD, G, D, rows, COLUMNS, num_warps=8
+        partial_PGD, sum_PD, G, D, ROWS, COLUMNS, num_warps=8
     )
     return sum_PD

@@ -47,7 +47,7 @@ class Launch:
     tile: int  # columns of the (head, channel) axis that a walking program carries
     walk_warps: int
     walk_stages: int
-    output_warps: int
+    output_warps: int  # of what makes the outputs, in one pass too
     output_stages: int
     gradient_warps: int
     gradient_stages: int
@@ -68,7 +68,7 @@ def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
     if dtype == torch.float32:  # tiles are twice as large: shorter chunks keep them on the chip
         return Launch(32, 32, 64, walk_warps=4, walk_stages=1, output_warps=4, output_stages=1,
                       gradient_warps=8, gradient_stages=1)  # fmt: skip
-    one_pass = P == 64 and N == 64  # timed; the walk is the backward's then
+    one_pass = P == 64 and N == 64  # timed, and the walk's options for the backward
     return Launch(
         chunk=64,
         segment_chunks=16,

@@ -1,10 +1,11 @@
-"""States and outputs in one pass: what `ssd_walk` carries and `ssd_forward` makes, x read once.
+"""States and outputs in one pass: what `ssd_walk` carries and `ssd_forward` makes.
 
 A program walks one segment of one head with its state on the chip and makes each chunk's outputs on
-the way. The heads of a segment run side by side, so that their rows of x, and B and C, which each
-of them reads, meet in L2. S = C Bᵀ is made for each head anew. That pays where heads are wide: on
-an H100 one pass takes 0.53 ms where two take 0.64 (P 64, N 64, 512 channels, 262,144 tokens, mean
-length 200), and at P 16 twice as long as two.
+the way, so x is read once; where a sequence has several segments, once more for their starts. The
+heads of a segment run side by side, so that their rows of x, and B and C, which each of them reads,
+meet in L2. S = C Bᵀ is made for each head anew. That pays where heads are wide: on an H100 one pass
+takes 0.53 ms where two take 0.64 (P 64, N 64, 512 channels, 262,144 tokens, mean length 200), and
+at P 16 twice as long as two.
 
 Shape suffixes: Q tokens of a chunk (i rows, j columns), N state, P channels of a head, H heads.
 """

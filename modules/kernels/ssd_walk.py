@@ -17,6 +17,7 @@ The trade-off: storing chunk states costs `N / CHUNK` times the bytes of x, writ
 the outputs, those of the forward once more by the gradients. In return the kernels that make
 outputs and gradients are free of order, and one of their programs sees all heads of its chunk, so
 that C·Bᵀ is made once and dB, dC are summed in registers: no atomics, the same bits every time.
+Where `ssd_scan` walks forward itself, this kernel gives it the segments' starts (`LOCAL`) alone.
 
 Shape suffixes: Q tokens of a chunk, N state, W columns of a tile (G heads of P channels, or a part
 of one head), H heads, B sequences. States are laid out [slot, H, N, P].

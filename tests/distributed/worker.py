@@ -26,7 +26,7 @@ from modules.losses import FullSoftmax, SampledSoftmax
 from modules.recommender import Recommender
 from trainer.checkpoint import RunState, checkpoint_path, load, verify
 from trainer.config import DataConfig, TableConfig, TrainerConfig
-from trainer.distributed import World, ids_group, process_group, quiet_libraries
+from trainer.distributed import ids_group, process_group, quiet_libraries
 from trainer.evaluate import evaluate, top_items
 from trainer.open_data import open_data
 from trainer.run_folder import require_agreement, require_shared
@@ -34,6 +34,7 @@ from trainer.saver import Saver
 from trainer.sharding import Sharded, plan_table, shard
 from trainer.stepper import Stepper
 from trainer.warm_start import GrownTable
+from trainer.world import World
 
 ROWS, WIDTH, TOKENS, NEGATIVES, STEPS = 101, 64, 32, 24, 8
 STATE, HEAD = 16, 32  # there are kernels for these

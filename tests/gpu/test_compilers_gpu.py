@@ -40,8 +40,8 @@ def first_step(arguments: list[str]) -> None:
 
 
 def kernels() -> set[str]:
-    """Name and folder of every kernel in Triton's cache."""
-    found = cache_folder().glob("*/*.cubin")
+    """Name and folder of every kernel in Triton's cache, and of every launcher."""
+    found = [*cache_folder().glob("*/*.cubin"), *cache_folder().glob("*/*.so")]
     return {f"{one.stem} {one.parent.name}" for one in found}
 
 

@@ -10,11 +10,12 @@ from data.negatives import SampledCandidates, full_slice
 from data.schema import RESERVED_ROWS
 from tests.trainer.test_config import composed
 from trainer import build
-from trainer.distributed import World, process_group
+from trainer.distributed import process_group
 from trainer.evaluate import look_up
 from trainer.resolve import candidate_count
 from trainer.sharding import plan_table, shard
 from trainer.stepper import Stepper
+from trainer.world import World
 
 pytestmark = pytest.mark.gpu
 

@@ -23,13 +23,14 @@ from tools.benchmarks.measure import release
 from trainer import build
 from trainer.checkpoint import RunState, checkpoint_path, load
 from trainer.config import Config
-from trainer.distributed import World, process_group
+from trainer.distributed import process_group
 from trainer.evaluate import look_up
 from trainer.memory import memory_by_rank
 from trainer.resolve import candidate_count
 from trainer.saver import Saver
 from trainer.sharding import Sharded, plan_table, shard
 from trainer.stepper import Stepper
+from trainer.world import World
 
 pytestmark = pytest.mark.gpu
 

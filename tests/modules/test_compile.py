@@ -21,7 +21,8 @@ def compile_share(number: str, of: str) -> None:
     from modules.kernels.conv import causal_conv_backward_op, causal_conv_op
     from tests.gpu.lint_sass import NoDevice
 
-    driver.set_active(NoDevice())
+    device = NoDevice()
+    driver.set_active(device)
     x, weight, bias = torch.zeros(64, 128), torch.zeros(128, 4), torch.zeros(128)
     place = torch.arange(64)
 
@@ -32,12 +33,13 @@ def compile_share(number: str, of: str) -> None:
         causal_conv_op._init_fn(x.bfloat16(), weight, bias, place)
 
     compile_ahead(call, Share(int(number), int(of)), threads=1)
+    print(len(device.launchers))
 
 
 def test_kernels_are_compiled_in_shares_and_not_launched(tmp_path):
     """Launching would fail: there is no device."""
     pytest.importorskip("triton")
-    found = []
+    found, launchers = [], []
     for number, of in [(0, 2), (1, 2), (0, 1)]:
         done = subprocess.run(
             [sys.executable, "-c", CODE, str(number), str(of)],
@@ -49,6 +51,8 @@ def test_kernels_are_compiled_in_shares_and_not_launched(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(sorted(one.stem for one in tmp_path.glob("*/*.cubin")))
+        launchers.append(int(done.stdout))
+    assert launchers == [3, 2, 5]
     assert found[0] == ["conv_kernel", "conv_kernel", "partial_sums_kernel"]
     assert (
         found[1] == found[2] == sorted([*found[0], "conv_gradient_kernel", "partial_sums_kernel"])

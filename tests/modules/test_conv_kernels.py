@@ -12,6 +12,7 @@ CASES = {
     "three taps": ([5, 5], 10, 16, 3),
     "two taps": ([70, 1, 9], 80, 5, 2),
     "one tap": ([4], 5, 16, 1),
+    "no token": ([0], 0, 16, 4),
     "nothing but padding": ([0, 0], 5, 16, 4),
 }
 

@@ -153,11 +153,15 @@ def errors_of_core(one_pass=False):
 
 
 def one_group():
-    """As `errors_of_core`, with all heads of a chunk in one program, as at many tokens, and with
-    states and outputs in one pass."""
+    """As `errors_of_core`, with all heads of a chunk in one program, as at many tokens."""
     from modules.kernels import ssd
 
     ssd.head_groups = lambda *_, **__: 1
+    return errors_of_core()
+
+
+def one_pass():
+    """As `errors_of_core`, with states and outputs in one pass."""
     return errors_of_core(one_pass=True)
 
 
@@ -170,7 +174,7 @@ def errors_of_ends():
     }
 
 
-@pytest.mark.parametrize("function", ["errors_of_core", "one_group", "errors_of_ends"])
+@pytest.mark.parametrize("function", ["errors_of_core", "one_group", "one_pass", "errors_of_ends"])
 def test_values_and_gradients(function):
     errors = in_interpreter(function, module="test_mixer_kernels")
     assert len(errors) == (2 if function == "errors_of_ends" else 3) * len(CASES)

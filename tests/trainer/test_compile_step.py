@@ -125,6 +125,7 @@ def folder(tmp_path_factory):
         [*SMALL, "loss=sampled", "loss.in_batch=true", "data.batch_tokens=4100"],
         [*SMALL, "experiment=ml1m_paper", "data.batch_tokens=3001", "data.max_sequences=301"],
         [*WIDE, "data.batch_tokens=45007", "data.max_sequences=311"],
+        [*WIDE, "data.batch_tokens=65536", "data.max_sequences=311"],
         [*WIDE, "experiment=ml1m_paper", "data.batch_tokens=45007", "data.max_sequences=311"],
     ],
 )

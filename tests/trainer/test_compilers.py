@@ -1,10 +1,12 @@
 """The children that compile kernels: when there are some, what they import, how they end."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -46,9 +48,15 @@ def test_before_the_children_torch_is_not_imported():
     assert done.stdout == "False\n"
 
 
+def begun(commands: list[list[str]], marker: Path, limit_seconds: float = 60.0) -> Compilers:
+    found = Compilers(limit_seconds)
+    found.begin(lambda: (commands, marker))
+    return found
+
+
 def test_children_that_end_well_leave_the_marker(tmp_path, capfd):
     marker = tmp_path / "marker"
-    started = Compilers([WELL, WELL], marker)
+    started = begun([WELL, WELL], marker)
     assert started.wait() is None
     assert marker.exists()
     assert started.wait() is None  # there are none left
@@ -57,24 +65,78 @@ def test_children_that_end_well_leave_the_marker(tmp_path, capfd):
 
 def test_a_child_that_fails_stops_nothing(tmp_path):
     marker = tmp_path / "marker"
-    assert Compilers([WELL, FAILING], marker).wait() == (
+    assert begun([WELL, FAILING], marker).wait() == (
         "compiling kernels beside the imports failed (no memory); the first step compiles them"
     )
     assert not marker.exists()
 
 
 def test_a_child_that_hangs_delays_no_longer_than_the_limit(tmp_path):
-    begun = time.monotonic()
-    started = Compilers([SLEEPING, SLEEPING], tmp_path / "marker", limit_seconds=0.3)
+    before = time.monotonic()
+    started = begun([SLEEPING, SLEEPING], tmp_path / "marker", limit_seconds=0.3)
     processes = [one._process for one in started._children]
     assert "took too long; the first step compiles them" in (started.wait() or "")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - before < 5
     assert all(one.poll() is not None for one in processes)
     assert not (tmp_path / "marker").exists()
 
 
 def test_a_cache_that_cannot_be_marked_is_no_failure(tmp_path):
-    assert Compilers([WELL], tmp_path / "absent" / "marker").wait() is None
+    assert begun([WELL], tmp_path / "absent" / "marker").wait() is None
+
+
+def test_children_that_cannot_start_stop_nothing(tmp_path):
+    marker = tmp_path / "marker"
+    found = begun([SLEEPING, [str(tmp_path / "no python")]], marker, limit_seconds=0.3)
+    processes = [one._process for one in found._children]
+    assert re.search(r"failed \(.*no python.*\); the first step compiles", found.wait() or "")
+    assert [one.poll() is not None for one in processes] == [True]
+    assert not marker.exists()
+
+
+def test_a_package_that_is_not_known_stops_nothing():
+    def work():
+        raise PackageNotFoundError("triton")
+
+    found = Compilers()
+    found.begin(work)
+    assert "triton" in (found.wait() or "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children start on Linux alone")
+def test_children_end_with_a_parent_that_is_killed(tmp_path):
+    """In the seconds that theirs imports take, too: they are told before they begin."""
+    pid = tmp_path / "pid"
+    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
+    code = f"""
+import sys, time
+from pathlib import Path
+from trainer.compilers import Compilers
+found = Compilers()
+found.begin(lambda: ([[sys.executable, "-c", {child!r}]], Path({str(tmp_path)!r}) / "marker"))
+time.sleep(300)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    wait_until(lambda: pid.exists() and pid.read_text())
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not alive(int(pid.read_text())))
+
+
+def wait_until(what, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process, and no zombie that nobody has asked for."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 @pytest.fixture
@@ -84,7 +146,7 @@ def plain(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(compilers, "gpu_name", lambda: "a GPU")
-    monkeypatch.setattr(compilers.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(compilers, "cores", lambda: 16)
     folder = write_dataset(tmp_path / "data", [[8, 9, 10, 11]] * 9)
     return plain_config("train", [f"data.path={folder}", f"run_dir={tmp_path / 'run'}"])
 
@@ -93,7 +155,7 @@ def started(monkeypatch, plain, **trainer) -> list[list[str]]:
     """The commands of the children of a run, which are never started."""
     commands: list[list[str]] = []
 
-    def keep(self, command):
+    def keep(self, command, cache):
         commands.append(command)
 
     monkeypatch.setattr(compilers._Child, "__init__", keep)
@@ -109,7 +171,7 @@ def test_shares_of_kernels_and_cores(monkeypatch, plain):
     assert all(
         f'"number": {number}, "of": 4, "threads": 4' in one[3] for number, one in enumerate(found)
     )
-    monkeypatch.setattr(compilers.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(compilers, "cores", lambda: 2)
     (one,) = started(monkeypatch, plain)
     assert '"number": 0, "of": 1, "threads": 2' in one[3]
 

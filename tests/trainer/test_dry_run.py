@@ -8,7 +8,6 @@ import torch
 from tests.trainer.test_config import composed
 from tools.benchmarks.measure import Ceilings
 from trainer import build
-from trainer.distributed import World
 from trainer.dry_run import (
     Sizes,
     memory_lines,
@@ -18,6 +17,7 @@ from trainer.dry_run import (
 )
 from trainer.memory import TableMemory
 from trainer.observe import flops_per_token
+from trainer.world import World
 
 ROWS, WIDTH, TOKENS, NEGATIVES = 1000, 64, 512, 88
 CEILINGS = Ceilings(1e9, {"fp32": 1e12})

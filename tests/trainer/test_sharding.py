@@ -11,10 +11,11 @@ from modules.item_table import ItemTable
 from tests.trainer.test_config import composed
 from trainer import sharding
 from trainer.config import TableConfig
-from trainer.distributed import World, process_group
+from trainer.distributed import process_group
 from trainer.memory import Memory, TableMemory, memory_by_rank
 from trainer.resolve import table_optimizer
 from trainer.sharding import DTYPES, describe_plan, plan_table
+from trainer.world import World
 
 GIB = 2**30
 CUDA = torch.device("cuda", 0)

@@ -12,8 +12,8 @@ import torch
 from tools.benchmarks.measure import PRECISIONS, Ceilings, Floor, Timer, Times, peak_bytes, release
 from tools.benchmarks.report import HEADER, print_row
 from trainer.config import Config, ModelConfig
-from trainer.distributed import World
 from trainer.graphs import captured
+from trainer.world import World
 
 
 class UnavailableError(Exception):

@@ -36,10 +36,11 @@ from tools.benchmarks.measure import Timer, Times, release
 from tools.benchmarks.report import device_name, write
 from tools.benchmarks.step import loaded, placed
 from trainer.config import Config
-from trainer.distributed import World, process_group, quiet_libraries
+from trainer.distributed import process_group, quiet_libraries
 from trainer.resolve import resolve
 from trainer.sharding import Sharded
 from trainer.stepper import Stepper
+from trainer.world import World
 
 NEGATIVES = 1_024  # of the sampled cases, where the config has none
 USERS = 4 * ML1M_USERS  # 4 M events: an epoch is several steps of eight large batches

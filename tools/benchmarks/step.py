@@ -28,12 +28,12 @@ from tools.benchmarks.measure import Floor
 from trainer import build
 from trainer.checkpoint import RunState
 from trainer.config import Config
-from trainer.distributed import World
 from trainer.observe import flops_per_token
 from trainer.parts import candidates
 from trainer.resolve import candidate_count, resolve, table_optimizer
 from trainer.sharding import Sharded, plan_table, shard
 from trainer.stepper import Stepper
+from trainer.world import World
 
 
 def run(bench: Bench) -> None:
