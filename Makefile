@@ -51,7 +51,7 @@ demo: install
 		items=$(DEMO)/movielens/items.parquet users=3
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

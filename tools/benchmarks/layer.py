@@ -30,12 +30,13 @@ def run(bench: Bench) -> None:
         with bench.case(name):
             encoder = new_encoder(model, bench.device)
             step = encoder_pass(bench, encoder, tokens, offsets_B1, reads)
-            row = f"{name}, P {model.head}: fwd+bwd"
+            row = f"{name}, P {model.head}"
             work = floor(model, tokens, None if reads is None else len(reads), bench.precision)
-            bench.record(row, step, work=tokens, floor=work)
+            bench.record(f"{row}: fwd+bwd", step, work=tokens, floor=work)
             if bench.on_gpu:  # as the trainer runs it
                 replay = bench.graphed(step, wanted=True)
-                bench.record(f"{row} graph", replay, work=tokens, floor=work, gradient_bytes=None)
+                label = f"{row}: as a graph"
+                bench.record(label, replay, work=tokens, floor=work, gradient_bytes=None)
     convolution(bench, causal, tokens, offsets_B1)
 
 

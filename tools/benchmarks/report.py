@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NAME_COLUMNS = 48
 HEADER = (
-    f"{'':<{NAME_COLUMNS}}{'ms':>10}{'±':>6}{'per second':>13}{'floor ms':>10}{'x':>6}{'MiB':>7}"
+    f"{'':<{NAME_COLUMNS}}{'ms':>10}{'±':>5}{'per second':>14}{'floor ms':>10}{'x':>6}{'MiB':>7}"
 )
 
 
@@ -29,11 +29,13 @@ def print_row(row: "Row") -> None:
     spread = f"{50 * (row.high_ms - row.low_ms) / row.median_ms:.0f}%" if row.repeats > 1 else ""
     speed = _quantity(row.per_second, row.unit) if row.per_second is not None else ""
     floor = f"{row.floor_ms:.3f}" if row.floor_ms is not None else ""
-    ratio = f"{row.times_floor:.1f}" if row.times_floor is not None else ""
+    ratio = ""
+    if row.times_floor is not None:
+        ratio = f"{row.times_floor:.1f}" if row.times_floor < 1_000 else f"{row.times_floor:.0f}"
     memory = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else ""
     print(
-        f"{name:<{NAME_COLUMNS}.{NAME_COLUMNS}}{row.median_ms:>10.3f}{spread:>6}"
-        f"{speed:>13}{floor:>10}{ratio:>6}{memory:>7}",
+        f"{name:<{NAME_COLUMNS}.{NAME_COLUMNS}}{row.median_ms:>10.3f}{spread:>5}"
+        f"{speed:>14}{floor:>10}{ratio:>6}{memory:>7}",
         flush=True,
     )
 
