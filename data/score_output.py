@@ -146,14 +146,18 @@ class WriteBehind:
             self._unfinished.popleft().result()
         self._unfinished.append(self._executor.submit(job))
 
+    def finish(self) -> None:
+        """Wait for all jobs so far."""
+        while self._unfinished:
+            self._unfinished.popleft().result()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._executor.shutdown()
         if kind is None:
-            for job in self._unfinished:
-                job.result()
+            self.finish()
 
 
 def summarise(folder: ScoreFolder, names: Iterable[str], log: dict[str, int]) -> dict[str, Any]:

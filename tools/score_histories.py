@@ -37,6 +37,7 @@ from data.schema import HISTORIES, MANIFEST, VOCABULARY, Manifest, sha256_of
 from data.score_output import ScoreFolder, WriteBehind, summarise
 from data.scoring import UPTO, Answer, Batch, Unit, UnitScores, batches, score_batches, units_of
 from data.vocabulary import Vocabulary
+from data.waits import Waits
 from tools.place import DEVICES, Place
 from tools.stages import print_table
 from trainer.config import check_kernels
@@ -174,7 +175,8 @@ def _score(
     units = units_of(dataset, config.part_users)
     launch = launcher(config, dataset, bundle, items, place)
     ready = time.monotonic()
-    _score_units(config, folder, dataset, bundle, items, units, launch, place)
+    waits = Waits()
+    _score_units(config, folder, dataset, bundle, items, units, launch, place, waits)
     if place.rank > 0:
         return None
     for unit in units:
@@ -184,6 +186,7 @@ def _score(
         "bundle": {"fingerprint": bundle.manifest.fingerprint, **bundle.manifest.checkpoint},
         "seconds": time.monotonic() - started,
         "seconds_to_start": ready - started,
+        "seconds_waiting": waits.seconds,
         "world_size": place.size,
         "device": place.device.type,
         "kernels": config.kernels,
@@ -284,8 +287,12 @@ def _score_units(
     units: list[Unit],
     launch: Launch,
     place: Place,
+    waits: Waits,
 ) -> None:
-    """Write this process's units that are not written yet."""
+    """Write this process's units that are not written yet.
+
+    waits: for batches to be read, for answers, and for files to be written.
+    """
     mine = units[place.rank :: place.size]
     missing = [unit for unit in mine if not (folder.path / unit.name).exists()]
     tokens = config.batch_tokens or default_tokens(config.kernels, place.device.type)
@@ -297,9 +304,16 @@ def _score_units(
         Prefetcher(work, BATCHES_AHEAD) as ahead,
     ):
         bar.update(sum(unit.users for unit in mine) - sum(unit.users for unit in missing))
-        for scores in score_batches(ahead, launch, in_flight):
-            writers.submit(partial(_write, folder, bundle.vocabulary, config.k, scores))
+        read = waits.each("batches", ahead)
+        for scores in score_batches(read, partial(_waited, launch, waits), in_flight):
+            job = partial(_write, folder, bundle.vocabulary, config.k, scores)
+            waits.of("files", writers.submit, job)
             bar.update(scores.users.unit.users)
+        waits.of("files", writers.finish)
+
+
+def _waited(launch: Launch, waits: Waits, batch: Batch) -> Callable[[], Answer]:
+    return partial(waits.of, "answers", launch(batch))
 
 
 def default_tokens(kernels: str, device: str) -> int:
@@ -401,8 +415,14 @@ def _report(summary: dict[str, Any], output: str) -> None:
         ("scores", f"{output} ({len(summary['parts'])} file(s))"),
         ("seconds", f"{seconds:.1f} ({summary['users_scored'] / seconds:,.0f} users/s)"),
         ("seconds before the first", f"{before:.1f}"),
+        ("seconds of waiting", describe_waits(summary["seconds_waiting"])),
     ]
     print_table(rows)
+
+
+def describe_waits(seconds: dict[str, float]) -> str:
+    """What this process waited for: where little of it is, it had its own hands full."""
+    return ", ".join(f"for {name} {spent:.1f}" for name, spent in seconds.items())
 
 
 @command("score")

@@ -95,6 +95,8 @@ def test_a_data_set_scores_as_one_user_at_a_time(made, tmp_path, upto, exclude_s
     expected = expected_of(made, histories, 10, exclude_seen)
     assert_same(scores_of(tmp_path / "s"), expected)
     assert summary["users"] == USERS
+    assert list(summary["seconds_waiting"]) == ["batches", "answers", "files"]
+    assert 0 < sum(summary["seconds_waiting"].values()) < summary["seconds"]
     assert summary["users_scored"] == len(expected)
     assert summary["users_without_history"] == USERS - len(expected)
     assert summary["events"] == sum(map(len, histories.values()))

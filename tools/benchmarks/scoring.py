@@ -34,7 +34,13 @@ from tools.benchmarks.bench import Bench
 from tools.benchmarks.inputs import write_data_set, write_first_groups
 from tools.benchmarks.measure import Floor, Times
 from tools.benchmarks.passes import new_encoder
-from tools.score_histories import KERNEL_BATCH_TOKENS, TORCHSCRIPT, ScoreConfig, score
+from tools.score_histories import (
+    KERNEL_BATCH_TOKENS,
+    TORCHSCRIPT,
+    ScoreConfig,
+    describe_waits,
+    score,
+)
 from trainer.config import ModelConfig
 from trainer.export import write_rows
 from trainer.model_files import scripted
@@ -116,7 +122,8 @@ def _whole(
     floor = _sum(floor, top_floor(model, users, items, bench.precision))
     name = f"Parquet to Parquet, kernels={kernels}"
     bench.keep(name, Times.of([milliseconds]), work=users, unit="user", floor=floor)
-    bench.find(f"{users:,} users, after {before:.1f} s of starting")
+    waited = describe_waits(summary["seconds_waiting"])
+    bench.find(f"{users:,} users, after {before:.1f} s of starting; waited {waited}")
     for line in textwrap.wrap(said.getvalue(), LINE):
         bench.find(line)
 
