@@ -1,6 +1,6 @@
 """A process that compiles a share of the training step's kernels into Triton's cache on the disk.
 
-    python -m trainer.compile_step '{"config": …, "number": 0, "of": 4, "threads": 4}'
+    python -m trainer.compile_step '{"parent": …, "config": …, "number": 0, "of": 4, "threads": 4}'
 
 `trainer.compilers` starts some beside the imports of a run. It makes encoder, loss and batch as the
 run does, with made-up ids, so the kernels are those of the run's first step. It imports neither
@@ -10,8 +10,14 @@ Legend: T tokens, C candidates, D width.
 """
 
 import json
-import os
 import sys
+
+from trainer.compilers import end_with
+
+if __name__ == "__main__":
+    end_with(json.loads(sys.argv[1])["parent"])  # before the imports, which take seconds
+
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,4 +107,4 @@ def compile_share(config: Config, number: int, of: int, threads: int) -> None:
 
 if __name__ == "__main__":
     what = json.loads(sys.argv[1])
-    compile_share(Config.of(what.pop("config")), **what)
+    compile_share(Config.of(what["config"]), what["number"], what["of"], what["threads"])

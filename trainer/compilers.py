@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,7 +74,13 @@ def commands(plain: dict[str, Any], cores: int) -> list[list[str]]:
     config = plain | {"data": plain["data"] | {"path": path}}
     of = max(1, min(MOST_CHILDREN, cores // CORES_A_CHILD))
     shares = [
-        {"config": config, "number": number, "of": of, "threads": max(1, cores // of)}
+        {
+            "parent": os.getpid(),
+            "config": config,
+            "number": number,
+            "of": of,
+            "threads": max(1, cores // of),
+        }
         for number in range(of)
     ]
     return [[sys.executable, "-m", "trainer.compile_step", json.dumps(one)] for one in shares]
@@ -187,7 +192,6 @@ class _Child:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
-            preexec_fn=partial(end_with, os.getpid()),
         )
 
     def failure(self, deadline: float) -> str | None:

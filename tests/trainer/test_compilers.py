@@ -104,23 +104,37 @@ def test_a_package_that_is_not_known_stops_nothing():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children start on Linux alone")
-def test_children_end_with_a_parent_that_is_killed(tmp_path):
-    """In the seconds that theirs imports take, too: they are told before they begin."""
-    pid = tmp_path / "pid"
-    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
-    code = f"""
-import sys, time
+@pytest.mark.parametrize("asks_early", [True, False])
+def test_a_child_ends_with_a_parent_that_is_killed(tmp_path, asks_early):
+    """Be it before the child has asked for that or after."""
+    pids, killed = tmp_path / "pids", tmp_path / "killed"
+    child = f"""
+import os, sys, time
 from pathlib import Path
-from trainer.compilers import Compilers
-found = Compilers()
-found.begin(lambda: ([[sys.executable, "-c", {child!r}]], Path({str(tmp_path)!r}) / "marker"))
+from trainer.compilers import end_with
+while not {asks_early} and not Path({str(killed)!r}).exists():
+    time.sleep(0.02)
+    Path({str(pids)!r}).write_text(str(os.getpid()))
+end_with(int(sys.argv[1]))
+Path({str(pids)!r}).write_text(str(os.getpid()))
+time.sleep(300)
+"""
+    code = f"""
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {child!r}, str(os.getpid())])
 time.sleep(300)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    wait_until(lambda: pid.exists() and pid.read_text())
+    wait_until(lambda: pids.exists() and pids.read_text())
     parent.kill()
     parent.wait()
-    wait_until(lambda: not alive(int(pid.read_text())))
+    killed.touch()
+    wait_until(lambda: not alive(int(pids.read_text())))
+
+
+def test_a_child_asks_to_end_with_its_parent_before_it_imports_torch():
+    source = (ROOT / "trainer" / "compile_step.py").read_text()
+    assert source.index("    end_with(") < source.index("import torch")
 
 
 def wait_until(what, seconds: float = 20.0) -> None:
