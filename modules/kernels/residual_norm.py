@@ -28,7 +28,7 @@ from modules.kernels.gated_norm import (
 )
 from modules.kernels.partial_sums import partial_sums
 
-WARPS = 132 * 16  # of the backward; with 12 or 24 a multiprocessor it took a tenth longer
+WARPS = 132 * 16  # of the backward; with 24 a multiprocessor it took a tenth longer
 
 
 @triton.jit

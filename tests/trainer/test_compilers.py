@@ -1,8 +1,10 @@
 """The children that compile kernels: when there are some, what they import, how they end."""
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -132,9 +134,18 @@ time.sleep(300)
     wait_until(lambda: not alive(int(pids.read_text())))
 
 
-def test_a_child_asks_to_end_with_its_parent_before_it_imports_torch():
-    source = (ROOT / "trainer" / "compile_step.py").read_text()
-    assert source.index("    end_with(") < source.index("import torch")
+@pytest.mark.skipif(sys.platform != "linux", reason="children start on Linux alone")
+def test_a_child_whose_parent_is_gone_ends_before_its_imports(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.compile_step", json.dumps({"parent": 1})],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
 
 
 def wait_until(what, seconds: float = 20.0) -> None:
@@ -182,12 +193,13 @@ def started(monkeypatch, plain, **trainer) -> list[list[str]]:
 def test_shares_of_kernels_and_cores(monkeypatch, plain):
     found = started(monkeypatch, plain)
     assert [one[1:3] for one in found] == [["-m", "trainer.compile_step"]] * 4
-    assert all(
-        f'"number": {number}, "of": 4, "threads": 4' in one[3] for number, one in enumerate(found)
-    )
+    given = [json.loads(one[3]) for one in found]
+    assert [one["number"] for one in given] == [0, 1, 2, 3]
+    assert {(one["parent"], one["of"], one["threads"]) for one in given} == {(os.getpid(), 4, 4)}
     monkeypatch.setattr(compilers, "cores", lambda: 2)
     (one,) = started(monkeypatch, plain)
-    assert '"number": 0, "of": 1, "threads": 2' in one[3]
+    given = json.loads(one[3])
+    assert (given["number"], given["of"], given["threads"]) == (0, 1, 2)
 
 
 def test_a_run_that_needs_none_starts_none(monkeypatch, plain):
