@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from modules.catalogue import Catalogue, RepeatPairs
 from modules.encoder import Encoder
 from modules.ssd import sequence_of_tokens
 
+# Tokens and users of a batch on a GPU are padded to whole steps: cuBLAS takes a while over each
+# size of a product that is new to it.
+STEPS = 16_384, 64
 Pairs = tuple[Tensor, Tensor]  # items (table rows) and users (of a batch), int64
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -44,6 +48,7 @@ class KernelScorer:
             torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
             # A sum that cuBLAS splits must not be added up in fp16: `Catalogue` counts on fp32.
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        self.steps = STEPS if device.type == "cuda" else (1, 1)
         self.encoder = Encoder(**config).to(device).eval()
         self.encoder.load_state_dict(model.encoder.state_dict())
         rows_VD = torch.cat(model.rows)
@@ -75,9 +80,10 @@ class KernelScorer:
         items_T: int32 or int64, rows of the table, unchecked. offsets_B1: int64. Both on the CPU,
         as are the pairs `excluded` (item, sequence). No sequence may be empty.
         """
-        items_T, offsets_B1 = self._here(items_T), self._here(offsets_B1)
+        tokens, users = len(items_T), len(offsets_B1) - 1
+        items_T, offsets_B1 = map(self._here, self._padded(items_T, offsets_B1))
         h_BD = self.hidden(items_T, offsets_B1)
-        items_N, users_N = items_T.long(), sequence_of_tokens(offsets_B1, len(items_T))
+        items_N, users_N = items_T[:tokens].long(), sequence_of_tokens(offsets_B1, tokens)
         seen = None
         if not exclude_seen:
             seen = (items_N, users_N) if self.encoder.repeats else None
@@ -85,7 +91,7 @@ class KernelScorer:
         if excluded is not None:
             items_N = torch.cat([items_N, self._here(excluded[0])])
             users_N = torch.cat([users_N, self._here(excluded[1])])
-        return self._rank(h_BD, k, (items_N, users_N), seen)
+        return self._rank(h_BD, k, (items_N, users_N), seen, users)
 
     @torch.no_grad()
     def top(
@@ -93,14 +99,17 @@ class KernelScorer:
     ) -> tuple[Tensor, Tensor]:
         """`modules.scorer.Scorer.top` without repeat scores, the answer on the CPU."""
         pairs = self._here(exclude_items_N), self._here(exclude_users_N)
-        return self._rank(h_BD, k, pairs, None)()
+        return self._rank(h_BD, k, pairs, None, len(h_BD))()
 
     def _rank(
-        self, h_BD: Tensor, k: int, left_out: Pairs, seen: Pairs | None
+        self, h_BD: Tensor, k: int, left_out: Pairs, seen: Pairs | None, users: int
     ) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Start ranking. seen: pairs that get the encoder's repeat score."""
+        """Start ranking; the answer is that of the first `users`.
+
+        seen: pairs that get the encoder's repeat score.
+        """
         answer = self.catalogue.top(h_BD, k, *left_out, self._repeats(h_BD, seen))
-        rows_BK, scores_BK, proved_B = (one.to("cpu", non_blocking=True) for one in answer)
+        rows_BK, scores_BK, proved_B = (one[:users].to("cpu", non_blocking=True) for one in answer)
         done = torch.cuda.Event() if self.device.type == "cuda" else None
         if done is not None:
             done.record()
@@ -139,6 +148,13 @@ class KernelScorer:
 
         repeated = () if seen is None else of_these(seen)
         return self.model.top(h_BD[some_R], k, *of_these(left_out), self.allowed_V, *repeated)
+
+    def _padded(self, items_T: Tensor, offsets_B1: Tensor) -> tuple[Tensor, Tensor]:
+        """With padding tokens and empty sequences at the end, up to whole `steps`."""
+        more_T = -len(items_T) % self.steps[0]
+        more_B = -(len(offsets_B1) - 1) % self.steps[1]
+        last = int(offsets_B1[-1])
+        return pad(items_T, (0, more_T)), pad(offsets_B1, (0, more_B), value=last)
 
     def _here(self, x: Tensor) -> Tensor:
         """On the device, without waiting for what runs there."""

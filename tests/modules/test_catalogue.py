@@ -193,7 +193,8 @@ def test_kernel_scorer_answers_as_the_bundles_model(kind, exclude_seen, repeats)
 
 
 @pytest.mark.parametrize("exclude_seen", [False, True])
-def test_users_without_a_proof_are_ranked_in_full(exclude_seen):
+@pytest.mark.parametrize("steps", [(1, 1), (512, 16)])  # the second as on a GPU: sizes are padded
+def test_users_without_a_proof_are_ranked_in_full(exclude_seen, steps):
     """Some have one and some not: here by a bound that is too large for most."""
     rows_VD = torch.randn(3000, 16, generator=torch.Generator().manual_seed(3))
     model, config = scripted(rows_VD, 3000, repeats=True)
@@ -208,6 +209,7 @@ def test_users_without_a_proof_are_ranked_in_full(exclude_seen):
     _, best_BK, _ = scorer.catalogue.top(h_BD, 20, NOTHING, NOTHING)
     gap_B = best_BK[:, -1] * question.scale_B - approx_BC.amin(1)
     scorer.catalogue.error = float(gap_B.sort().values[2])
+    scorer.steps = steps
     rows, scores = scorer.launch(items_T, offsets_B1, 20, exclude_seen, pairs)()
     assert 0 < scorer.rescored < len(LENGTHS)
     assert torch.equal(rows, expected[0])

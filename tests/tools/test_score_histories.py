@@ -30,7 +30,7 @@ from data.vocabulary import Vocabulary
 from modules.kernel_scorer import KernelScorer
 from tests.data.datasets import write_dataset
 from tests.trained_run import ITEMS, ROOT, USERS, Trained, run_command, trained
-from tools.score_histories import ScoreConfig, score
+from tools.score_histories import ScoreConfig, _single_threaded, score
 
 CPU = torch.device("cpu")
 hidden = KernelScorer.hidden
@@ -414,6 +414,19 @@ def test_processes_share_the_cards_of_a_host(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         found.append(tool.Place.of("cuda").device.index)
     assert found == [0, 1, 0, 1, 0]
+
+
+def test_torch_has_one_thread_beside_a_card_and_the_others_back_afterwards():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with _single_threaded(True):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with _single_threaded(False):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_card_that_is_not_there_is_refused(made, tmp_path, monkeypatch):
