@@ -45,6 +45,17 @@ def parts_of_proj(proj_TF: Tensor, E: int, M: int) -> tuple[Tensor, Tensor, Tens
     return proj_TF[:, :E], proj_TF[:, E : E + M], proj_TF[:, E + M :]
 
 
+def gradient_rows(proj: Tensor) -> Tensor:
+    """Room for the gradient of proj, whose rows begin at whole sectors of memory, 32 bytes.
+
+    At 1,160 columns the product that makes the gradient of in_proj's weight then takes 0.27 ms in
+    place of 0.31 (an H100, 262,144 tokens). The product forward would take longer.
+    """
+    rows, columns = proj.shape
+    step = 32 // proj.element_size()
+    return proj.new_empty(rows, -(-columns // step) * step)[:, :columns]
+
+
 def parts_of_convolved(xBC_TM: Tensor, E: int, H: int) -> tuple[Tensor, Tensor, Tensor]:
     """x by heads, B and C: views."""
     N = (xBC_TM.shape[1] - E) // 2
@@ -81,9 +92,9 @@ class Scans:
         kept = []
         for mirror, place_T in enumerate(self.places):
             xBC_TM = convolve(conv_in_TM, *self.conv, place_T, mirror == 1)
-            dt_HT, c_HT = decays(raw_TH, self.A_log_H, *self.batch, self.dt_bias_H, mirror == 1)
+            e_HT, c_HT = decays(raw_TH, self.A_log_H, *self.batch, self.dt_bias_H, mirror == 1)
             x_THP, B_TN, C_TN = parts_of_convolved(xBC_TM, self.E, len(self.D_H))
-            inputs = (x_THP, dt_HT, c_HT, B_TN, C_TN, self.D_H, *self.batch)
+            inputs = (x_THP, e_HT, c_HT, B_TN, C_TN, self.D_H, *self.batch)
             if self.last:
                 kept += [xBC_TM, last_outputs(*inputs, mirror=mirror == 1)]
             else:
@@ -104,12 +115,12 @@ class Scans:
         partial_3VZH = raw_TH.new_empty(3, len(dys), chunks, H, dtype=torch.float32)
         for mirror, (place_T, dy, xBC_TM) in enumerate(zip(self.places, dys, xBCs, strict=True)):
             dA_log_ZH, dD_ZH, dbias_ZH = partial_3VZH[:, mirror]
-            dt_HT, c_HT = decays(raw_TH, self.A_log_H, *self.batch, self.dt_bias_H, mirror == 1)
+            e_HT, c_HT = decays(raw_TH, self.A_log_H, *self.batch, self.dt_bias_H, mirror == 1)
             x_THP, B_TN, C_TN = parts_of_convolved(xBC_TM, self.E, H)
             dxBC_TM = torch.empty_like(xBC_TM)
             dy = dy.contiguous().unflatten(1, (H, self.E // H))
             rest = (
-                x_THP, dt_HT, c_HT, B_TN, C_TN, self.D_H, *self.batch,
+                x_THP, e_HT, c_HT, B_TN, C_TN, self.D_H, *self.batch,
                 *parts_of_convolved(dxBC_TM, self.E, H), dD_ZH,
             )  # fmt: skip
             if self.last:
@@ -117,8 +128,8 @@ class Scans:
             else:
                 sums = scan_gradients(dy, states[mirror], *rest, mirror=mirror == 1)
             decay_gradients(
-                sums, dt_HT, self.A_log_H, *self.batch, draw_TH, dA_log_ZH, raw_TH,
-                self.dt_bias_H, dbias_ZH, mirror=mirror == 1, add=mirror == 1,
+                sums, raw_TH, self.A_log_H, *self.batch, draw_TH, dA_log_ZH, self.dt_bias_H,
+                dbias_ZH, mirror=mirror == 1, add=mirror == 1,
             )  # fmt: skip
             of_conv.append(
                 conv_gradients(
@@ -193,7 +204,7 @@ def mixer_core_backward_op(
     kept: what `Scans.outputs` gave.
     """
     T, E, M = len(proj_TF), len(norm_weight_E), len(conv_bias_M)
-    dproj_TF = torch.empty_like(proj_TF)
+    dproj_TF = gradient_rows(proj_TF)
     if T == 0:
         zeros = [torch.zeros_like(t) for t in (conv_weight_MK, conv_bias_M, norm_weight_E)]
         return dproj_TF, zeros[0], zeros[1], D_H.new_zeros(3, len(D_H)), zeros[2]
@@ -223,7 +234,7 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
-        torch.empty_like(proj_TF), torch.empty_like(conv_weight_MK), torch.empty_like(conv_bias_M),
+        gradient_rows(proj_TF), torch.empty_like(conv_weight_MK), torch.empty_like(conv_bias_M),
         D_H.new_empty(3, D_H.shape[0]), torch.empty_like(norm_weight_E),
     )  # fmt: skip
 
@@ -303,7 +314,7 @@ def mixer_last_backward_op(
     offsets_B1: Tensor, position_T: Tensor, mirror_T: Tensor | None, inner: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to proj, conv_weight, conv_bias, (A_log, D, dt_bias) as rows."""
-    M, dproj_TG = len(conv_bias_M), torch.empty_like(proj_TG)
+    M, dproj_TG = len(conv_bias_M), gradient_rows(proj_TG)
     if len(proj_TG) == 0:
         zeros = [torch.zeros_like(t) for t in (conv_weight_MK, conv_bias_M)]
         return dproj_TG, zeros[0], zeros[1], D_H.new_zeros(3, len(D_H))
@@ -327,7 +338,7 @@ def _(
     offsets_B1: Tensor, position_T: Tensor, mirror_T: Tensor | None, inner: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
-        torch.empty_like(proj_TG), torch.empty_like(conv_weight_MK), torch.empty_like(conv_bias_M),
+        gradient_rows(proj_TG), torch.empty_like(conv_weight_MK), torch.empty_like(conv_bias_M),
         D_H.new_empty(3, D_H.shape[0]),
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)\s*(.*?);")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)\s*(.*?);")
 
 
 class NoDevice:
@@ -73,12 +73,13 @@ def findings(sass):
         operands = [operand.strip() for operand in text.split(",")]
         target = re.match(r"UR(\d+)", operands[0])
         writes = target and opcode.startswith(("U", "S2UR", "R2UR", "CS2UR", "LDCU"))
-        for register in re.findall(r"\bUR(\d+)\b", ",".join(operands[bool(writes) :])):
-            read.setdefault(int(register), line)
-        if "HGMMA" in opcode:  # a descriptor is two registers; A and B adjacent are four
-            both = not re.match(r"R\d+(\.reuse)?, R\d+", text)
+        if "gdesc" not in text:
+            for register in re.findall(r"\bUR(\d+)\b", ",".join(operands[bool(writes) :])):
+                read.setdefault(int(register), line)
+        if "HGMMA" in opcode:  # descriptors of A and B, two registers each; A may be registers
+            unused = 2 if re.match(r"R\d+(\.reuse)?, R\d+", text) else 0
             for first in re.findall(r"gdesc\[UR(\d+)\]", text):
-                for register in range(int(first), int(first) + (4 if both else 2)):
+                for register in range(int(first) + unused, int(first) + 4):
                     read.setdefault(register, line)
         low = re.match(r"UR\d+, (UP\d), UR(\d+), 0x", text)
         if opcode == "UIADD3" and low:
@@ -117,8 +118,15 @@ def lint(call):
     return result
 
 
-def launch_ssd(P, N, H, dtype=torch.bfloat16, tokens=2400, sequences=12):
-    """Forward and backward, alone and inside the mixer's operation."""
+def launch_ssd(P, N, H, tokens=2400, sequences=12):
+    """Forward and backward of both dtypes, alone and inside the mixer's operation."""
+    from modules.kernels.ssd import DTYPES
+
+    for dtype in DTYPES:
+        launch_ssd_of(dtype, P, N, H, tokens, sequences)
+
+
+def launch_ssd_of(dtype, P, N, H, tokens, sequences):
     from modules.kernels import mixer, ssd
 
     x = torch.empty(tokens, H, P, dtype=dtype)

@@ -37,6 +37,6 @@ def test_values_gradients_and_equal_bits(E, K, dtype):
     got = run()
     limit = 4e-3 if dtype == torch.bfloat16 else 1e-5
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
-    assert max(errors) <= limit, errors
+    assert all(error <= limit for error in errors), errors  # NaN is not
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(got, run(), strict=True))

@@ -152,7 +152,7 @@ def test_a_captured_loss_follows_new_inputs(kind):
         for got in (replayed, eager):
             errors = [relative(a, b) for a, b in zip(got, exact, strict=True)]
             assert errors[0] < 1e-4, errors  # the sampled target's logit is not rounded to bf16
-            assert max(errors) < 6e-3, errors
+            assert all(error < 6e-3 for error in errors), errors  # NaN is not
 
 
 def test_a_million_candidates_fit_in_two_gibibytes():

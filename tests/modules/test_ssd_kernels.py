@@ -21,7 +21,9 @@ CASES = {
     "odd heads": ([5, 40, 20], 70, 3, 16, 32, 32, 2, 64),
     "wide head": ([40, 9], 49, 1, 64, 16, 32, 1, 32),
     "nothing but padding": ([0, 0], 20, 2, 16, 16, 16, 2, 64),
+    "fast decays": ([70, 5, 64], 150, 2, 16, 16, 64, 2, 64),  # by 2^-300 and more in a chunk
 }
+FAST = 16
 
 
 def recurrence(x, dt, A, B, C, D, offsets):
@@ -39,21 +41,21 @@ def recurrence(x, dt, A, B, C, D, offsets):
     return torch.stack(ys), torch.stack(finals)
 
 
-def make_inputs(lengths, T, H, P, N, seed=0):
+def make_inputs(lengths, T, H, P, N, seed=0, rate=1.0):
     """x, B and C are slices of one wider tensor, as they are behind the convolution."""
     g = torch.Generator().manual_seed(seed)
     wide = torch.randn(T, H * P + 2 * N, generator=g)
     x, B, C = wide.split([H * P, N, N], dim=1)
     dt = torch.nn.functional.softplus(torch.randn(T, H, generator=g) - 2)
-    A, D = -0.5 - 4 * torch.rand(H, generator=g), torch.randn(H, generator=g)
+    A, D = -rate * (0.5 + 4 * torch.rand(H, generator=g)), torch.randn(H, generator=g)
     ends = torch.tensor([0, *lengths, 0]).cumsum(0)  # the last sequence is unused
     dy = torch.randn(T, H, P, generator=g)
     dfinal = torch.randn(len(lengths) + 1, H, P, N, generator=g)
     return [x.unflatten(1, (H, P)), dt, A, B, C, D], ends, dy, dfinal
 
 
-def relative(a, b):
-    return ((a.double() - b).norm() / b.norm().clamp_min(1e-6)).item()
+def relative(a, b, scale=None):
+    return ((a.double() - b).norm() / (b if scale is None else scale).norm().clamp_min(1e-6)).item()
 
 
 def errors_of(name, final_states, one_pass):
@@ -63,7 +65,8 @@ def errors_of(name, final_states, one_pass):
     lengths, T, H, P, N, chunk, segment_chunks, tile = CASES[name]
     launch = ssd.Launch(chunk, segment_chunks, tile, 1, 1, 1, 1, 1, 1, one_pass)
     ssd.choose_launch = lambda *_: launch
-    inputs, offsets, dy, dfinal = make_inputs(lengths, T, H, P, N)
+    rate = FAST if name == "fast decays" else 1.0
+    inputs, offsets, dy, dfinal = make_inputs(lengths, T, H, P, N, rate=rate)
     ours = [t.detach().requires_grad_() for t in inputs]
     exact = [t.double().requires_grad_() for t in inputs]
     y, final, _ = ssd.ssd_op(*ours, offsets, final_states)
@@ -82,7 +85,9 @@ def errors_of(name, final_states, one_pass):
     if final_states:
         errors["final"] = relative(final, final_exact)
     names = ["dx", "ddt", "dA", "dB", "dC", "dD"]
-    errors |= {n: relative(a, b) for n, a, b in zip(names, got, want, strict=True)}
+    # dA sums terms of random sign: its rounding is that of the terms, not of their sum
+    scales = {"dA": exact[1] * want[1]}
+    errors |= {n: relative(a, b, scales.get(n)) for n, a, b in zip(names, got, want, strict=True)}
     used = sum(lengths)
     padding = [y, got[0], got[1], got[3], got[4]]
     errors["padding"] = max((t[used:].abs().max().item() for t in padding if used < T), default=0.0)
@@ -156,7 +161,7 @@ def all_errors():
 def test_values_and_gradients(all_errors, name, final_states, one_pass):
     errors = dict(all_errors[f"{name}, {final_states}, {one_pass}"])
     assert errors.pop("padding") == 0.0
-    assert max(errors.values()) < 1e-5, errors
+    assert all(error < 1e-5 for error in errors.values()), errors  # NaN is not
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
