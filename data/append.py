@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data.cores import on_all_cores
 from data.engine import one_row, quoted, quoted_path
 from data.errors import InputError
 from data.events import LOG_EVENTS
@@ -58,9 +59,10 @@ class EarlierData:
                 f"append={folder} lacks the residual/ of the {dropped:,} events that its filters "
                 "dropped; convert its log again with this version"
             )
-        for one in manifest.files:
-            if reason := damage(folder, one):
-                raise InputError(f"{folder / one.path} {reason}; copy the data set again")
+        found = on_all_cores(lambda one: damage(folder, one), manifest.files)
+        for one, what in zip(manifest.files, found, strict=True):
+            if what:
+                raise InputError(f"{folder / one.path} {what}; copy the data set again")
         return cls(folder, manifest)
 
     def add(self, connection: duckdb.DuckDBPyConnection, today: dict[str, int]) -> dict[str, int]:

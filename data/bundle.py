@@ -30,6 +30,7 @@ from torch import Tensor
 
 from data.bundle_manifest import AGAIN, MODEL, ROWS, BundleManifest, check_file, encoder_hash
 from data.compiled import WEIGHTS, check_allowed, check_runs_here, load_compiled
+from data.cores import on_all_cores
 from data.errors import InputError
 from data.schema import MANIFEST
 from data.vocabulary import Vocabulary
@@ -65,8 +66,7 @@ class Bundle:
             check_allowed(folder, native_code)
             made_with = manifest.versions.get("torch", "unknown")
             check_runs_here(folder, manifest.compiled_for, made_with, device)
-        for one in manifest.files:
-            check_file(folder / one.path, one, hashes)
+        on_all_cores(lambda one: check_file(folder / one.path, one, hashes), manifest.files)
         parts = [folder / one.path for one in manifest.files if one.path.startswith(f"{ROWS}/")]
         try:
             if manifest.compiled_for is None:

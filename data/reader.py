@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.cores import on_all_cores
 from data.errors import InputError, reason
 from data.schema import RESERVED_ROWS, Manifest, damage
 
@@ -61,11 +62,11 @@ def damaged_files(folder: Path, part: int = 0, parts: int = 1) -> dict[str, str]
     """The history files of a data set that are not what the manifest says, and why: by their hash.
 
     Every byte of the files number `part`, `part` + `parts`, … is read, so that the processes of a
-    host can share the work.
+    host can share the work, each with its share of the cores.
     """
     files = Manifest.read(folder).histories[part::parts]
-    found = {one.path: damage(folder, one) for one in files}
-    return {path: what for path, what in found.items() if what}
+    found = on_all_cores(lambda one: damage(folder, one), files, processes=parts)
+    return {one.path: what for one, what in zip(files, found, strict=True) if what}
 
 
 class HistoryDataset:

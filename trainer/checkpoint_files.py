@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from data.cores import on_all_cores
 from data.errors import InputError, reason
 from data.schema import sha256_of, write_atomically
 
@@ -143,8 +144,10 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
-        for name in sorted(files)[part::parts]:
-            if checksums([folder / name])[name] != files[name]:
+        names = sorted(files)[part::parts]
+        found = on_all_cores(lambda name: checksums([folder / name])[name], names, processes=parts)
+        for name, now in zip(names, found, strict=True):
+            if now != files[name]:
                 return f"{name} has another checksum than when it was written"
     except FileNotFoundError as error:
         return f"{error.filename} is absent"

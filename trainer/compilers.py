@@ -25,8 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from data.cores import cores
 from data.schema import MANIFEST
-from modules.cores import cores
 from trainer.config import Config
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ import torch
 from triton.runtime._async_compile import AsyncCompileMode, active_mode
 from triton.runtime.jit import JITFunction
 
-from modules.cores import cores
+from data.cores import cores
 
 
 class Share(NamedTuple):
