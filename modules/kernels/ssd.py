@@ -76,9 +76,9 @@ def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
         walk_warps=4,
         walk_stages=3,
         output_warps=2 if P <= 32 or N <= 16 else 4,
-        output_stages=3,
+        output_stages=2 if one_pass else 3,
         gradient_warps=4,
-        gradient_stages=2 if one_pass or (P <= 32 and N == 128) else 1 if P > 32 else 3,
+        gradient_stages=1 if P > 32 else 2 if N == 128 else 3,
         one_pass=one_pass,
     )
 
@@ -135,7 +135,7 @@ class Walk:
 
     key_TN: Tensor
     value_THP: Tensor
-    e_HT: Tensor
+    dt_HT: Tensor
     c_HT: Tensor
     offsets_B1: Tensor
     table: Table
@@ -179,7 +179,7 @@ class Walk:
         (T, H, P), N = self.value_THP.shape, self.key_TN.shape[1]
         launch, table, segments = self.launch, self.table, self.table.segments_4Z.shape[1]
         walk_kernel[(triton.cdiv(H * P, launch.tile) * segments,)](
-            self.key_TN, self.value_THP, self.e_HT, self.c_HT, self.offsets_B1,
+            self.key_TN, self.value_THP, self.dt_HT, self.c_HT, self.offsets_B1,
             table.segments_4Z, table.chunk_slot_B2, state_SHNP, boundary_SHNP, decay_SH,
             self.end_BHPN, self.offsets_B1.numel() - 1, segments, T, self.key_TN.stride(0),
             self.value_THP.stride(0), H, N, P, launch.tile, launch.chunk, launch.segment_chunks,
@@ -192,19 +192,19 @@ def decays(
     dt_TH: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch,
     bias_H: Tensor | None = None, mirror: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """e and c of `ssd_table`, one row of tokens per head.
+    """dt and the running log2 decay inside each chunk, one row of tokens per head.
 
     With a bias dt is softplus(dt_TH + bias) and A is -exp(A_H).
     """
     T, H = dt_TH.shape
     chunks = table.chunks_4Z.shape[1]
-    e_HT, c_HT = dt_TH.new_empty(2, H, T, dtype=torch.float32)
+    dt_HT, c_HT = dt_TH.new_empty(2, H, T, dtype=torch.float32)
     heads = min(triton.next_power_of_2(H), 16)
     decay_kernel[(chunks, triton.cdiv(H, heads))](
-        dt_TH, bias_H, A_H, offsets_B1, table.chunks_4Z, e_HT, c_HT, offsets_B1.numel() - 1,
+        dt_TH, bias_H, A_H, offsets_B1, table.chunks_4Z, dt_HT, c_HT, offsets_B1.numel() - 1,
         chunks, T, dt_TH.stride(0), H, heads, launch.chunk, bias_H is not None, mirror, num_warps=4,
     )  # fmt: skip
-    return e_HT, c_HT
+    return dt_HT, c_HT
 
 
 def head_groups(chunks: int, H: int, limit: int) -> int:
@@ -219,7 +219,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def scan(
-    x_THP: Tensor, e_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
+    x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
     offsets_B1: Tensor, table: Table, launch: Launch, end_BHPN: Tensor | None = None,
     mirror: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -227,12 +227,12 @@ def scan(
     T, H, P = x_THP.shape
     N, sequences, chunks = B_TN.shape[1], offsets_B1.numel() - 1, table.chunks_4Z.shape[1]
     y_THP = torch.empty(T, H, P, dtype=x_THP.dtype, device=x_THP.device)
-    walk = Walk(B_TN, x_THP, e_HT, c_HT, offsets_B1, table, launch, False, end_BHPN, mirror)
+    walk = Walk(B_TN, x_THP, dt_HT, c_HT, offsets_B1, table, launch, False, end_BHPN, mirror)
     if launch.one_pass:
         state_SHNP, segments = walk.empty_states(), table.segments_4Z.shape[1]
         boundary_SHNP, _ = walk.boundaries()
         scan_kernel[(H * segments,)](
-            x_THP, e_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.segments_4Z,
+            x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.segments_4Z,
             table.chunk_slot_B2, state_SHNP, boundary_SHNP, end_BHPN, y_THP, sequences, segments,
             T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), H, N, P, launch.chunk,
             launch.segment_chunks, end_BHPN is not None, launch.precision, mirror,
@@ -241,7 +241,7 @@ def scan(
         return y_THP, state_SHNP
     state_SHNP, groups = walk.states(), head_groups(chunks, H, limit=H)
     output_kernel[(chunks, groups)](
-        x_THP, e_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, y_THP,
+        x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, y_THP,
         sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), H,
         triton.cdiv(H, groups), N, P, launch.chunk, launch.precision, mirror,
         num_warps=launch.output_warps, num_stages=launch.output_stages,
@@ -251,9 +251,9 @@ def scan(
 
 @dataclass(frozen=True)
 class Sums:
-    """What the gradient of dt is made of: dt q, dt o, r in two parts, <h, g> (see `ssd_backward`).
+    """What the gradient of dt is made of: q, o, r in two parts, <h, g> (see `ssd_backward`).
 
-    For the last outputs alone dt o and the sums of what leaves the chunks before (see `ssd_last`).
+    For the last outputs alone o and the sums of what leaves the chunks before (see `ssd_last`).
     """
 
     qors_4HT: Tensor | None
@@ -262,7 +262,7 @@ class Sums:
 
 
 def scan_gradients(
-    dy_THP: Tensor, state_SHNP: Tensor, x_THP: Tensor, e_HT: Tensor, c_HT: Tensor, B_TN: Tensor,
+    dy_THP: Tensor, state_SHNP: Tensor, x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, B_TN: Tensor,
     C_TN: Tensor, D_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch, dx_THP: Tensor,
     dB_TN: Tensor, dC_TN: Tensor, dD_ZH: Tensor, dend_BHPN: Tensor | None = None,
     mirror: bool = False,
@@ -278,13 +278,13 @@ def scan_gradients(
     if groups > 1:
         dBC_GTK = B_TN.new_empty(groups, T, 2 * N, dtype=torch.float32)
         dB_GTN, dC_GTN = dBC_GTK.split(N, dim=2)
-    qors_4HT = e_HT.new_empty(4, H, T)
-    sums = Sums(qors_4HT, qors_4HT[1], e_HT.new_empty(chunks, H))
+    qors_4HT = dt_HT.new_empty(4, H, T)
+    sums = Sums(qors_4HT, qors_4HT[1], dt_HT.new_empty(chunks, H))
     dstate_SHNP = Walk(
-        C_TN, dy_THP, e_HT, c_HT, offsets_B1, table, launch, True, dend_BHPN, mirror
+        C_TN, dy_THP, dt_HT, c_HT, offsets_B1, table, launch, True, dend_BHPN, mirror
     ).states()
     gradient_kernel[(chunks, groups)](
-        x_THP, e_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, dstate_SHNP,
+        x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table.chunks_4Z, state_SHNP, dstate_SHNP,
         dend_BHPN, dy_THP, dx_THP, *qors_4HT, sums.through_ZH, dB_GTN, dC_GTN, dD_ZH,
         sequences, chunks, T, x_THP.stride(0), B_TN.stride(0), C_TN.stride(0), dy_THP.stride(0),
         dx_THP.stride(0), dB_GTN.stride(-2), H, triton.cdiv(H, groups), N, P, launch.chunk,
@@ -299,21 +299,23 @@ def scan_gradients(
 
 
 def decay_gradients(
-    sums: Sums, dt_TH: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch,
-    ddt_TH: Tensor, dA_ZH: Tensor, bias_H: Tensor | None = None, dbias_ZH: Tensor | None = None,
-    mirror: bool = False, add: bool = False,
+    sums: Sums, dt_HT: Tensor, A_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch,
+    ddt_TH: Tensor, dA_ZH: Tensor, raw_TH: Tensor | None = None, bias_H: Tensor | None = None,
+    dbias_ZH: Tensor | None = None, mirror: bool = False, add: bool = False,
 ) -> None:  # fmt: skip
     """Writes ddt, or adds to it, and writes a partial dA a chunk.
 
-    With a bias dt_TH and A_H are what `decays` makes dt and A of, and the gradients are of them.
+    Where dt came from `raw_TH` and a bias, the gradients are of that, of A's logarithm and of the
+    bias.
     """
-    T, H = dt_TH.shape
+    H, T = dt_HT.shape
     chunks, heads = table.chunks_4Z.shape[1], min(triton.next_power_of_2(H), 16)
     qors = (None, sums.o_HT, None, None) if sums.qors_4HT is None else sums.qors_4HT
     decay_gradient_kernel[(chunks, triton.cdiv(H, heads))](
-        dt_TH, A_H, *qors, sums.through_ZH, offsets_B1, table.chunks_4Z, ddt_TH, dA_ZH, bias_H,
-        dbias_ZH, offsets_B1.numel() - 1, chunks, T, ddt_TH.stride(0), dt_TH.stride(0), H, heads,
-        launch.chunk, bias_H is not None, sums.qors_4HT is None, mirror, add, num_warps=4,
+        dt_HT, A_H, *qors, sums.through_ZH, offsets_B1, table.chunks_4Z, ddt_TH, dA_ZH, raw_TH,
+        bias_H, dbias_ZH, offsets_B1.numel() - 1, chunks, T, ddt_TH.stride(0),
+        0 if raw_TH is None else raw_TH.stride(0), H, heads, launch.chunk, raw_TH is not None,
+        sums.qors_4HT is None, mirror, add, num_warps=4,
     )  # fmt: skip
 
 
@@ -335,9 +337,9 @@ def ssd_op(
         state_SHNP = x_THP.new_empty(chunk_slots(T, launch), H, N, P)
     else:
         table = make_table(offsets_B1, T, launch)
-        e_HT, c_HT = decays(dt_TH, A_H, offsets_B1, table, launch)
+        dt_HT, c_HT = decays(dt_TH, A_H, offsets_B1, table, launch)
         y_THP, state_SHNP = scan(
-            x_THP, e_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch, end_BHPN
+            x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch, end_BHPN
         )
     if end_BHPN is None:
         end_BHPN = x_THP.new_empty(0, dtype=torch.float32)
@@ -375,14 +377,14 @@ def ssd_backward_op(
         empty_TN = B_TN.new_empty(T, N)
         return dx_THP, ddt_TH, torch.zeros_like(A_H), empty_TN, empty_TN.clone(), D_H.new_zeros(H)
     table = make_table(offsets_B1, T, launch)
-    e_HT, c_HT = decays(dt_TH, A_H, offsets_B1, table, launch)
+    dt_HT, c_HT = decays(dt_TH, A_H, offsets_B1, table, launch)
     dB_TN, dC_TN = B_TN.new_empty(T, N), C_TN.new_empty(T, N)
     dA_dD_2ZH = dt_TH.new_empty(2, table.chunks_4Z.shape[1], H)
     sums = scan_gradients(
-        dy_THP, state_SHNP, x_THP, e_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch, dx_THP,
+        dy_THP, state_SHNP, x_THP, dt_HT, c_HT, B_TN, C_TN, D_H, offsets_B1, table, launch, dx_THP,
         dB_TN, dC_TN, dA_dD_2ZH[1], dend_BHPN,
     )  # fmt: skip
-    decay_gradients(sums, dt_TH, A_H, offsets_B1, table, launch, ddt_TH, dA_dD_2ZH[0])
+    decay_gradients(sums, dt_HT, A_H, offsets_B1, table, launch, ddt_TH, dA_dD_2ZH[0])
     dA_H, dD_H = dA_dD_2ZH.sum(1).unbind(0)
     return dx_THP, ddt_TH, dA_H.clone(), dB_TN, dC_TN, dD_H.clone()
 

@@ -17,14 +17,12 @@ A decay a_k touches every pair j < k ≤ i, be j or i inside the chunk or not. W
 Row and column sums come from the same fp32 W, so what should cancel does; the last term restarts
 the sum in every chunk, so no rounding error travels along a long sequence. (The usual shortcut
 `C·dC - B·dB`, summed from the sequence's end, does both.) Then `ddt_k = q_k + o_k + A da_k` and
-`dA = Σ dt_k da_k`: a second, small kernel for all heads at once, which gets q and o times dt, as
-they come where dt is part of the decay (`e` of `ssd_table`). dA and dD leave as one partial sum a
-chunk. D stands on the diagonal of what dy is multiplied by, as in the outputs: in bf16 it is
-rounded together with S_jj dt_j, to 2^-9 of itself.
+`dA = Σ dt_k da_k`: a second, small kernel for all heads at once. dA and dD leave as one partial
+sum a chunk.
 
 Products are laid out [j, i] from the start: the tile that dx and dB multiply from the left is then
-the one that dCᵀ multiplies from the right, and no result of a product goes transposed into another,
-which Triton 3.6 miscompiles on Hopper (flash-linear-attention #640).
+the one that dCᵀ multiplies from the right, and no result of a product is ever transposed, which
+Triton 3.6 miscompiles on Hopper (flash-linear-attention #640).
 
 Shape suffixes: Q tokens of the chunk, N state, P channels of a head, H heads.
 """
@@ -32,18 +30,12 @@ Shape suffixes: Q tokens of the chunk, N state, P channels of a head, H heads.
 import triton
 import triton.language as tl
 
-from modules.kernels.ssd_table import (
-    LEAST_DT,
-    MOST_EXPONENT,
-    chunk_tokens,
-    piece_row,
-    softplus,
-)
+from modules.kernels.ssd_table import chunk_tokens, piece_row
 
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def gradient_kernel(
-    x_ptr, e_ptr, c_ptr, B_ptr, C_ptr, D_ptr, offsets_ptr, table_ptr, state_ptr, dstate_ptr,
+    x_ptr, dt_ptr, c_ptr, B_ptr, C_ptr, D_ptr, offsets_ptr, table_ptr, state_ptr, dstate_ptr,
     dend_ptr, dy_ptr, dx_ptr, q_ptr, o_ptr, r_ptr, s_ptr, through_ptr, dB_ptr, dC_ptr, dD_ptr,
     sequences, chunks, tokens, x_stride: tl.constexpr, B_stride: tl.constexpr,
     C_stride: tl.constexpr, dy_stride: tl.constexpr, dx_stride: tl.constexpr,
@@ -117,37 +109,37 @@ def gradient_kernel(
             dend_base = dend_ptr + (sequence.to(tl.int64) * H + head) * (N * P)
             dend_ptrs = dend_base + (p_P[None, :] * N + n_N[:, None])
             g_NP += tl.load(dend_ptrs, mask=index == count - 1, other=0.0).to(g_NP.dtype)
-        e_Q = tl.load(e_ptr + token_row + t_Q, mask=here_Q, other=0.0)
-        c_Q = tl.load(c_ptr + token_row + t_Q, mask=here_Q, other=float("-inf"))
+        dt_Q = tl.load(dt_ptr + token_row + t_Q, mask=here_Q, other=0.0)
+        c_Q = tl.load(c_ptr + token_row + t_Q, mask=here_Q, other=0.0)
         last = tl.load(c_ptr + token_row + length - 1)
 
+        L_JI = tl.exp2(tl.minimum(c_Q[None, :] - c_Q[:, None], 0.0))
         M_JI = tl.dot(x_QP, tl.trans(dy_QP), input_precision=PRECISION)
         diagonal_JI = tl.where(t_Q[:, None] == t_Q[None, :], M_JI, 0.0)
         tl.store(dD_ptr + piece * H + head, tl.sum(diagonal_JI))
-        L_JI = tl.exp2(tl.minimum(c_Q[None, :] - e_Q[:, None], MOST_EXPONENT))  # with dt
         SL_JI = S_JI * L_JI
         tl.store(q_ptr + token_row + t_Q, tl.sum(SL_JI * M_JI, 1), mask=here_Q)
-        ML_JI = M_JI * L_JI
+        ML_JI = M_JI * L_JI * dt_Q[:, None]
         tl.store(r_ptr + token_row + t_Q, tl.sum(S_JI * ML_JI, 0), mask=here_Q)
         mixed_JI += ML_JI
 
-        weight_Q = tl.exp2(last - e_Q)
-        dx_QP = tl.dot(B_QN, g_NP, input_precision=PRECISION) * weight_Q[:, None]
+        leaving_Q = tl.exp2(last - c_Q)
+        dx_QP = tl.dot(B_QN, g_NP, input_precision=PRECISION) * leaving_Q[:, None]
         tl.store(o_ptr + token_row + t_Q, tl.sum(dx_QP * x_QP, 1), mask=here_Q)
-        D = tl.load(D_ptr + head)
-        SL_JI += tl.where(t_Q[:, None] == t_Q[None, :], D, 0.0)
         dx_QP = tl.dot(SL_JI.to(dy_QP.dtype), dy_QP, dx_QP, input_precision=PRECISION)
+        dx_QP = dx_QP * dt_Q[:, None] + tl.load(D_ptr + head) * dy_QP
         dx_base = dx_ptr + first * dx_stride + head * P
         tl.store(dx_base + dx_QP_offset, dx_QP.to(dx_ptr.dtype.element_ty), mask=here_Q[:, None])
-        dB_head_QN = tl.dot(x_QP, tl.trans(g_NP), input_precision=PRECISION) * weight_Q[:, None]
-        dB_QN += dB_head_QN
+        weighted_QP = (x_QP * (leaving_Q * dt_Q)[:, None]).to(x_QP.dtype)
+        dB_QN = tl.dot(weighted_QP, tl.trans(g_NP), dB_QN, input_precision=PRECISION)
 
     mixed_JI = tl.where(t_Q[:, None] <= t_Q[None, :], mixed_JI, 0.0).to(B_QN.dtype)
     dB_QN = tl.dot(mixed_JI, C_QN, dB_QN, input_precision=PRECISION)
     tl.store(dB_ptr + token_row_QN, dB_QN.to(dB_ptr.dtype.element_ty), mask=here_Q[:, None])
-    dC_QN = tl.trans(tl.dot(tl.trans(B_QN), mixed_JI, input_precision=PRECISION))
+    dC_NQ = tl.dot(tl.trans(B_QN), mixed_JI, input_precision=PRECISION)
 
     if index > 0:  # the state that came in; from the last head, whose dy and g are still in L2
+        C_NQ = tl.trans(C_QN)
         for step in tl.range(first_head, last_head, disable_licm=True):
             head = first_head + last_head - 1 - step
             dy_base = dy_ptr + first * dy_stride + head * P
@@ -171,21 +163,22 @@ def gradient_kernel(
             last = tl.load(c_ptr + token_row + length - 1)
             through = tl.exp2(last) * tl.sum(h_NP.to(tl.float32) * g_NP.to(tl.float32))
             tl.store(through_ptr + piece * H + head, through)
-            dC_head_QN = tl.dot(dy_QP, tl.trans(h_NP), input_precision=PRECISION)
-            dC_head_QN *= tl.exp2(c_Q)[:, None]
-            dC_QN += dC_head_QN
-            tl.store(s_ptr + token_row + t_Q, tl.sum(dC_head_QN * C_QN, 1), mask=here_Q)
-    tl.store(dC_ptr + token_row_QN, dC_QN.to(dC_ptr.dtype.element_ty), mask=here_Q[:, None])
+            dC_head_NQ = tl.dot(h_NP, tl.trans(dy_QP), input_precision=PRECISION)
+            dC_head_NQ *= tl.exp2(c_Q)[None, :]
+            dC_NQ += dC_head_NQ
+            tl.store(s_ptr + token_row + t_Q, tl.sum(dC_head_NQ * C_NQ, 0), mask=here_Q)
+    dC_ptrs = dC_ptr + tl.trans(token_row_QN)
+    tl.store(dC_ptrs, dC_NQ.to(dC_ptr.dtype.element_ty), mask=here_Q[None, :])
 
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def decay_gradient_kernel(
     dt_ptr, A_ptr, q_ptr, o_ptr, r_ptr, s_ptr, through_ptr, offsets_ptr, table_ptr, ddt_ptr, dA_ptr,
-    bias_ptr, dbias_ptr, sequences, chunks, tokens, ddt_stride: tl.constexpr,
-    dt_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    raw_ptr, bias_ptr, dbias_ptr, sequences, chunks, tokens, ddt_stride: tl.constexpr,
+    raw_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
     RAW: tl.constexpr, LAST: tl.constexpr, MIRROR: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """ddt and a partial dA of one chunk from dt q, dt o, r and <h, g> (see the top of the file).
+    """ddt and a partial dA of one chunk from q, o, r and <h, g> (see the top of the file).
 
     RAW (see `decay_kernel`): the gradients of what was read there, and a partial dbias.
     LAST: there are no q and r (see `ssd_last`). ADD: the gradients are added to what is there.
@@ -213,13 +206,7 @@ def decay_gradient_kernel(
         if not ADD:
             tl.store(ddt_ptrs, tl.zeros([CHUNK, HEADS], ddt_ptr.dtype.element_ty), mask=mask_QG)
         return
-    row_QG = t_Q[:, None] * (STEP * dt_stride) + head_G[None, :]
-    dt_QG = tl.load(dt_ptr + first * dt_stride + row_QG, mask=mask_QG, other=0.0).to(tl.float32)
-    A_G = tl.load(A_ptr + head_G, mask=inside_G, other=0.0)
-    if RAW:
-        A_G = -tl.exp(A_G)
-        raw_QG = dt_QG + tl.load(bias_ptr + head_G, mask=inside_G, other=0.0)[None, :]
-        dt_QG = tl.where(mask_QG, softplus(raw_QG), 0.0)
+    dt_QG = tl.load(dt_ptr + offset_QG, mask=mask_QG, other=0.0)
     o_QG = tl.load(o_ptr + offset_QG, mask=mask_QG, other=0.0)
     entered = index > 0
     if not LAST:
@@ -228,15 +215,23 @@ def decay_gradient_kernel(
         r_QG += tl.load(s_ptr + offset_QG, mask=mask_QG & entered, other=0.0)
     through_ptrs = through_ptr + piece * H + head_G
     through_G = tl.load(through_ptrs, mask=inside_G & entered, other=0.0)
-    da_QG = tl.cumsum(o_QG, 0) - o_QG
+    A_G = tl.load(A_ptr + head_G, mask=inside_G, other=0.0)
+    if RAW:
+        A_G = -tl.exp(A_G)
+    left_QG = dt_QG * o_QG
+    da_QG = tl.cumsum(left_QG, 0) - left_QG
     if not LAST:
-        da_QG = tl.cumsum(r_QG - q_QG, 0, reverse=True) + da_QG
+        da_QG = tl.cumsum(r_QG - dt_QG * q_QG, 0, reverse=True) + da_QG
         o_QG += q_QG
     da_QG += through_G[None, :]
     dA_G = tl.sum(dt_QG * da_QG, 0)
-    ddt_QG = o_QG / tl.maximum(dt_QG, LEAST_DT) + A_G[None, :] * da_QG
+    ddt_QG = o_QG + A_G[None, :] * da_QG
     if RAW:
-        ddt_QG = tl.where(mask_QG, ddt_QG * tl.sigmoid(raw_QG), 0.0)
+        row_QG = t_Q[:, None] * (STEP * raw_stride) + head_G[None, :]
+        raw_ptrs = raw_ptr + first * raw_stride + row_QG
+        raw_QG = tl.load(raw_ptrs, mask=mask_QG, other=0.0).to(tl.float32)
+        bias_G = tl.load(bias_ptr + head_G, mask=inside_G, other=0.0)
+        ddt_QG = tl.where(mask_QG, ddt_QG * tl.sigmoid(raw_QG + bias_G[None, :]), 0.0)
         tl.store(dbias_ptr + piece * H + head_G, tl.sum(ddt_QG, 0), mask=inside_G)
         dA_G *= A_G
     if ADD:

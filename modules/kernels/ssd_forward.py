@@ -2,10 +2,8 @@
 
 With c the chunk's running sum of `a = dt A` (inclusive), S = C Bᵀ and h the state at its start,
   `y_i = Σ_{j≤i} S_ij exp(c_i - c_j) dt_j x_j  +  exp(c_i) C_i h  +  D x_i`.
-S is shared by the heads and made once. dt is part of the exponent (`e` of `ssd_table`), and D
-stands on the diagonal of what x is multiplied by: in bf16 it is rounded together with S_ii dt_i, to
-2^-9 of itself. Where j ≤ i the exponent is at most log2(dt_j), so nothing overflows; the cheaper
-factored form exp(c_i) · exp(-c_j) would, for fast-decaying heads.
+S is shared by the heads and made once. The exponent is never positive, so nothing overflows; the
+cheaper factored form exp(c_i) · exp(-c_j) would overflow for fast-decaying heads.
 
 Shape suffixes: Q tokens of the chunk (i rows, j columns), N state, P channels of a head, H heads.
 """
@@ -13,12 +11,12 @@ Shape suffixes: Q tokens of the chunk (i rows, j columns), N state, P channels o
 import triton
 import triton.language as tl
 
-from modules.kernels.ssd_table import MOST_EXPONENT, chunk_tokens, piece_row
+from modules.kernels.ssd_table import chunk_tokens, piece_row
 
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def output_kernel(
-    x_ptr, e_ptr, c_ptr, B_ptr, C_ptr, D_ptr, offsets_ptr, table_ptr, state_ptr, y_ptr,
+    x_ptr, dt_ptr, c_ptr, B_ptr, C_ptr, D_ptr, offsets_ptr, table_ptr, state_ptr, y_ptr,
     sequences, chunks, tokens, x_stride: tl.constexpr, B_stride: tl.constexpr,
     C_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr, MIRROR: tl.constexpr,
@@ -63,12 +61,13 @@ def output_kernel(
             state_base + head * (N * P) + n_N[:, None] * P + p_P[None, :], mask=index > 0, other=0.0
         )
         token_row = head * row + start
-        e_Q = tl.load(e_ptr + token_row + q_Q, mask=here_Q, other=0.0)
-        c_Q = tl.load(c_ptr + token_row + q_Q, mask=here_Q, other=float("-inf"))
-        mixed_QQ = S_QQ * tl.exp2(tl.minimum(c_Q[:, None] - e_Q[None, :], MOST_EXPONENT))
-        mixed_QQ += tl.where(q_Q[:, None] == q_Q[None, :], tl.load(D_ptr + head), 0.0)
+        dt_Q = tl.load(dt_ptr + token_row + q_Q, mask=here_Q, other=0.0)
+        c_Q = tl.load(c_ptr + token_row + q_Q, mask=here_Q, other=0.0)
+        decay_QQ = tl.exp2(tl.minimum(c_Q[:, None] - c_Q[None, :], 0.0))
+        mixed_QQ = (S_QQ * decay_QQ * dt_Q[None, :]).to(x_QP.dtype)
         y_QP = tl.dot(C_QN, state_NP, input_precision=PRECISION) * tl.exp2(c_Q)[:, None]
-        y_QP = tl.dot(mixed_QQ.to(x_QP.dtype), x_QP, y_QP, input_precision=PRECISION)
+        y_QP = tl.dot(mixed_QQ, x_QP, y_QP, input_precision=PRECISION)
+        y_QP += tl.load(D_ptr + head) * x_QP
         tl.store(
             y_ptr + first * (H * P) + head * P + y_QP_offset,
             y_QP.to(y_ptr.dtype.element_ty),

@@ -81,21 +81,22 @@ def load_tokens(ptr, first, stride: tl.constexpr, STEP: tl.constexpr, here_Q, co
 
 
 @triton.jit
-def load_decay(e_ptr, c_ptr, carry_ptr, piece, start, length, h_G, tokens, H: tl.constexpr,
+def load_decay(dt_ptr, c_ptr, carry_ptr, piece, start, length, h_G, tokens, H: tl.constexpr,
                CHUNK: tl.constexpr):  # fmt: skip
-    """exp(ℓ) dt of a chunk's tokens, [Q, G], 0 behind it."""
+    """dt and exp(ℓ) of a chunk's tokens, [Q, G], 0 behind it."""
     q_Q = tl.arange(0, CHUNK)
     row_G = h_G.to(tl.int64) * tokens + start
     mask_QG = (q_Q < length)[:, None] & (h_G < H)[None, :]
-    e_QG = tl.load(e_ptr + row_G[None, :] + q_Q[:, None], mask=mask_QG, other=0.0)
+    dt_QG = tl.load(dt_ptr + row_G[None, :] + q_Q[:, None], mask=mask_QG, other=0.0)
+    c_QG = tl.load(c_ptr + row_G[None, :] + q_Q[:, None], mask=mask_QG, other=0.0)
     behind_G = tl.load(c_ptr + row_G + length - 1, mask=h_G < H, other=0.0)
     behind_G += tl.load(carry_ptr + piece * H + h_G, mask=h_G < H, other=0.0)
-    return tl.where(mask_QG, tl.exp2(behind_G[None, :] - e_QG), 0.0)
+    return dt_QG, tl.where(mask_QG, tl.exp2(behind_G[None, :] - c_QG), 0.0)
 
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def last_output_kernel(
-    x_ptr, e_ptr, c_ptr, carry_ptr, B_ptr, C_ptr, offsets_ptr, table_ptr, partial_ptr, sequences,
+    x_ptr, dt_ptr, c_ptr, carry_ptr, B_ptr, C_ptr, offsets_ptr, table_ptr, partial_ptr, sequences,
     chunks, tokens, stride: tl.constexpr, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     P: tl.constexpr, CHUNK: tl.constexpr, MIRROR: tl.constexpr,
 ):  # fmt: skip
@@ -116,13 +117,13 @@ def last_output_kernel(
     B_QN = load_tokens(B_ptr, first, stride, STEP, here_Q, n_N)
     s_Q = tl.sum(B_QN * C_N[None, :], 1)
     for head in range(0, H, G):
-        decay_QG = load_decay(
-            e_ptr, c_ptr, carry_ptr, piece, start, length, head + g_G, tokens, H, CHUNK
+        dt_QG, decay_QG = load_decay(
+            dt_ptr, c_ptr, carry_ptr, piece, start, length, head + g_G, tokens, H, CHUNK
         )  # fmt: skip
         inside_W = head * P + w_W < H * P
         x_ptrs = x_ptr + first * stride + head * P + offset_QW
         x_QW = tl.load(x_ptrs, mask=here_Q[:, None] & inside_W[None, :], other=0.0)
-        weight_QG = s_Q[:, None] * decay_QG
+        weight_QG = s_Q[:, None] * decay_QG * dt_QG
         y_GP = tl.sum(tl.reshape(x_QW, [CHUNK, G, P]) * weight_QG[:, :, None], 0)
         y_ptrs = partial_ptr + piece * (H * P) + head * P + w_W
         tl.store(y_ptrs, tl.reshape(y_GP, [G * P]), mask=inside_W)
@@ -159,12 +160,12 @@ def last_sum_kernel(
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def last_gradient_kernel(
-    x_ptr, e_ptr, c_ptr, carry_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, offsets_ptr, table_ptr, dx_ptr,
+    x_ptr, dt_ptr, c_ptr, carry_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, offsets_ptr, table_ptr, dx_ptr,
     dB_ptr, dC_ptr, o_ptr, total_ptr, dC_partial_ptr, dD_ptr, sequences, chunks, tokens,
     stride: tl.constexpr, dstride: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, MIRROR: tl.constexpr,
 ):  # fmt: skip
-    """dx, dB, dC = 0 and dt o of a chunk, their sum, a partial dC, dD where it is the last one."""
+    """dx, dB, dC = 0 and o of a chunk, Σ_j dt_j o_j, a partial dC, dD where it is the last one."""
     piece = tl.program_id(0)
     sequence, index, count, _ = piece_row(table_ptr, piece, chunks)
     n_N, g_G, w_W, q_Q = (
@@ -202,8 +203,8 @@ def last_gradient_kernel(
     read_Q = (q_Q == length - 1) & (index == count - 1)
     offset_QW = q_Q[:, None] * (STEP * stride) + w_W[None, :]
     for head in tl.range(0, H, G, disable_licm=True):
-        decay_QG = load_decay(
-            e_ptr, c_ptr, carry_ptr, piece, start, length, head + g_G, tokens, H, CHUNK
+        dt_QG, decay_QG = load_decay(
+            dt_ptr, c_ptr, carry_ptr, piece, start, length, head + g_G, tokens, H, CHUNK
         )  # fmt: skip
         inside_G, inside_W = head + g_G < H, head * P + w_W < H * P
         here_QW = here_Q[:, None] & inside_W[None, :]
@@ -214,16 +215,16 @@ def last_gradient_kernel(
 
         along_QG = tl.sum(tl.reshape(x_QW * dy_W[None, :], [CHUNK, G, P]), 2)
         moved_QG = decay_QG * along_QG
-        ds_Q += tl.sum(moved_QG, 1)
+        ds_Q += tl.sum(dt_QG * moved_QG, 1)
         o_QG = s_Q[:, None] * moved_QG
         row_G = (head + g_G).to(tl.int64) * tokens + start
         o_ptrs = o_ptr + row_G[None, :] + q_Q[:, None]
         tl.store(o_ptrs, o_QG, mask=here_Q[:, None] & inside_G[None, :])
-        tl.store(total_ptr + piece * H + head + g_G, tl.sum(o_QG, 0), mask=inside_G)
+        tl.store(total_ptr + piece * H + head + g_G, tl.sum(dt_QG * o_QG, 0), mask=inside_G)
         dD_G = tl.sum(tl.where(read_Q[:, None], along_QG, 0.0), 0)
         tl.store(dD_ptr + piece * H + head + g_G, dD_G, mask=inside_G)
 
-        weight_QG = s_Q[:, None] * decay_QG
+        weight_QG = s_Q[:, None] * decay_QG * dt_QG
         weight_QG += tl.where(read_Q[:, None], D_G[None, :], 0.0)
         dx_QW = (spread_heads_rows(weight_QG, G * P) * dy_W[None, :]).to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + head * P + doffset_QW, dx_QW, mask=here_QW)
@@ -267,7 +268,7 @@ def sum_chunks(
 
 
 def last_outputs(
-    x_THP: Tensor, e_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
+    x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor, D_H: Tensor,
     offsets_B1: Tensor, table: Table, launch: Launch, mirror: bool,
 ) -> Tensor:  # fmt: skip
     """y [B, E] of each sequence's last token in the order of the walk, 0 for an empty one.
@@ -276,9 +277,9 @@ def last_outputs(
     """
     (T, H, P), N, chunks = x_THP.shape, B_TN.shape[1], table.chunks_4Z.shape[1]
     carry_ZH = carry(c_HT, offsets_B1, table, launch)
-    partial_ZE = e_HT.new_empty(chunks, H * P)
+    partial_ZE = dt_HT.new_empty(chunks, H * P)
     last_output_kernel[(chunks,)](
-        x_THP, e_HT, c_HT, carry_ZH, B_TN, C_TN, offsets_B1, table.chunks_4Z, partial_ZE,
+        x_THP, dt_HT, c_HT, carry_ZH, B_TN, C_TN, offsets_B1, table.chunks_4Z, partial_ZE,
         offsets_B1.numel() - 1, chunks, T, x_THP.stride(0), H, heads_at_once(H, P), N, P,
         launch.chunk, mirror, num_warps=4,
     )  # fmt: skip
@@ -288,17 +289,17 @@ def last_outputs(
 
 
 def last_gradients(
-    dy_BE: Tensor, x_THP: Tensor, e_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor,
+    dy_BE: Tensor, x_THP: Tensor, dt_HT: Tensor, c_HT: Tensor, B_TN: Tensor, C_TN: Tensor,
     D_H: Tensor, offsets_B1: Tensor, table: Table, launch: Launch, dx_THP: Tensor, dB_TN: Tensor,
     dC_TN: Tensor, dD_ZH: Tensor, mirror: bool,
 ) -> Sums:  # fmt: skip
     """Writes dx, dB and dC, slices of one tensor as x, B and C are, and a partial dD a chunk."""
     (T, H, P), N, chunks = x_THP.shape, B_TN.shape[1], table.chunks_4Z.shape[1]
     carry_ZH = carry(c_HT, offsets_B1, table, launch)
-    o_HT, total_ZH = torch.empty_like(e_HT), torch.empty_like(carry_ZH)
-    dC_ZN = e_HT.new_empty(chunks, N)
+    o_HT, total_ZH = torch.empty_like(dt_HT), torch.empty_like(carry_ZH)
+    dC_ZN = dt_HT.new_empty(chunks, N)
     last_gradient_kernel[(chunks,)](
-        x_THP, e_HT, c_HT, carry_ZH, B_TN, C_TN, D_H, dy_BE, offsets_B1, table.chunks_4Z, dx_THP,
+        x_THP, dt_HT, c_HT, carry_ZH, B_TN, C_TN, D_H, dy_BE, offsets_B1, table.chunks_4Z, dx_THP,
         dB_TN, dC_TN, o_HT, total_ZH, dC_ZN, dD_ZH, offsets_B1.numel() - 1, chunks, T,
         x_THP.stride(0), dx_THP.stride(0), H, heads_at_once(H, P), N, P, launch.chunk, mirror,
         num_warps=8, maxnreg=128,

@@ -4,8 +4,8 @@ A program walks one segment of one head with its state on the chip and makes eac
 the way, so x is read once; where a sequence has several segments, once more for their starts. The
 heads of a segment run side by side, so that their rows of x, and B and C, which each of them reads,
 meet in L2. S = C Bᵀ is made for each head anew. That pays where heads are wide: on an H100 one pass
-took 0.53 ms where two took 0.64 (P 64, N 64, 512 channels, 262,144 tokens, mean length 200; it is
-0.46 since), and at P 16 1.24 ms where two took 0.68.
+takes 0.53 ms where two take 0.64 (P 64, N 64, 512 channels, 262,144 tokens, mean length 200), and
+at P 16 1.24 ms where two take 0.68.
 
 Shape suffixes: Q tokens of a chunk (i rows, j columns), N state, P channels of a head, H heads.
 """
@@ -18,7 +18,7 @@ from modules.kernels.ssd_table import piece_row
 
 @triton.jit(do_not_specialize=["sequences", "segments", "tokens"])
 def scan_kernel(
-    x_ptr, e_ptr, c_ptr, B_ptr, C_ptr, D_ptr, offsets_ptr, table_ptr, chunk_slot_ptr, state_ptr,
+    x_ptr, dt_ptr, c_ptr, B_ptr, C_ptr, D_ptr, offsets_ptr, table_ptr, chunk_slot_ptr, state_ptr,
     boundary_ptr, end_ptr, y_ptr, sequences, segments, tokens, x_stride: tl.constexpr,
     B_stride: tl.constexpr, C_stride: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
     P: tl.constexpr, CHUNK: tl.constexpr, SEGMENT_CHUNKS: tl.constexpr, HAS_END: tl.constexpr,
@@ -73,21 +73,21 @@ def scan_kernel(
         x_QP = tl.load(x_ptr + row * x_stride + x_QP_offset, mask=here_Q[:, None], other=0.0)
         B_QN = tl.load(B_ptr + row * B_stride + B_QN_offset, mask=here_Q[:, None], other=0.0)
         C_QN = tl.load(C_ptr + row * C_stride + C_QN_offset, mask=here_Q[:, None], other=0.0)
-        e_Q = tl.load(e_ptr + head_row + start + q_Q, mask=here_Q, other=0.0)
-        c_Q = tl.load(c_ptr + head_row + start + q_Q, mask=here_Q, other=float("-inf"))
+        dt_Q = tl.load(dt_ptr + head_row + start + q_Q, mask=here_Q, other=0.0)
+        c_Q = tl.load(c_ptr + head_row + start + q_Q, mask=here_Q, other=0.0)
         last = tl.load(c_ptr + head_row + start + tl.minimum(end - start, CHUNK) - 1)
 
         S_QQ = tl.dot(C_QN, tl.trans(B_QN), input_precision=PRECISION)
-        S_QQ *= tl.exp2(c_Q[:, None] - e_Q[None, :])
-        S_QQ = tl.where(q_Q[:, None] >= q_Q[None, :], S_QQ, 0.0)
-        S_QQ += tl.where(q_Q[:, None] == q_Q[None, :], D, 0.0)
+        S_QQ *= tl.exp2(tl.minimum(c_Q[:, None] - c_Q[None, :], 0.0)) * dt_Q[None, :]
+        mixed_QQ = tl.where(q_Q[:, None] >= q_Q[None, :], S_QQ, 0.0).to(x_QP.dtype)
         y_QP = tl.dot(C_QN, state_NP.to(C_QN.dtype), input_precision=PRECISION)
         y_QP *= tl.exp2(c_Q)[:, None]
-        y_QP = tl.dot(S_QQ.to(x_QP.dtype), x_QP, y_QP, input_precision=PRECISION)
+        y_QP = tl.dot(mixed_QQ, x_QP, y_QP, input_precision=PRECISION)
+        y_QP += D * x_QP
         y_QP_ptr = y_ptr + row * (H * P) + y_QP_offset
         tl.store(y_QP_ptr, y_QP.to(y_ptr.dtype.element_ty), mask=here_Q[:, None])
 
-        weighted_QP = (x_QP * tl.exp2(last - e_Q)[:, None]).to(x_QP.dtype)
+        weighted_QP = (x_QP * (dt_Q * tl.exp2(last - c_Q))[:, None]).to(x_QP.dtype)
         state_NP *= tl.exp2(last)
         state_NP = tl.dot(tl.trans(B_QN), weighted_QP, state_NP, input_precision=PRECISION)
         if chunk < chunks - 1:

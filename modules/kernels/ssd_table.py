@@ -14,18 +14,11 @@ The reversed direction (MIRROR) has the same table: a sequence's chunks then beg
 token, and their rows go down. What the kernels keep of one head, [H, T], always has the order of
 the walk.
 
-Of a chunk's decays they keep two numbers a token and head, in powers of two:
-`c_i = log2(e) Σ_{k≤i} dt_k A`, summed from the chunk's start, and `e_j = c_j - log2(dt_j)`. Then
-`exp2(c_i - c_j)` is the decay from j to i, and `exp2(c_i - e_j)` that times dt_j in one step.
-
 Shape suffixes: B sequences, Z pieces (chunks or segments).
 """
 
 import triton
 import triton.language as tl
-
-LEAST_DT = tl.constexpr(1e-30)  # a smaller dt counts as this: e stays finite
-MOST_EXPONENT = tl.constexpr(32.0)  # of a weight that is masked: its products stay finite
 
 
 @triton.jit
@@ -126,13 +119,13 @@ def softplus(v):
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def decay_kernel(
-    dt_ptr, bias_ptr, A_ptr, offsets_ptr, table_ptr, e_ptr, c_ptr, sequences, chunks, tokens,
+    dt_ptr, bias_ptr, A_ptr, offsets_ptr, table_ptr, dt_out_ptr, c_ptr, sequences, chunks, tokens,
     dt_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
     RAW: tl.constexpr, MIRROR: tl.constexpr,
 ):  # fmt: skip
-    """c and e of a chunk, for HEADS heads (see the top of the file).
+    """`c_i = log2(e) Σ_{k≤i} dt_k A` inside the chunk, for HEADS heads: exp2(c_i - c_j) decays.
 
-    They leave as [H, T]: the later kernels read the tokens of one head at a time.
+    c and a copy of dt leave as [H, T]: the later kernels read the tokens of one head at a time.
     RAW: dt is softplus(what is read + bias) and A is -exp(what is read).
     """
     sequence, index, _, _ = piece_row(table_ptr, tl.program_id(0), chunks)
@@ -154,6 +147,5 @@ def decay_kernel(
         dt_QG = softplus(dt_QG + bias_G[None, :])
     decay_QG = dt_QG * (A_G * 1.4426950408889634)[None, :]
     offset_QG = head_G.to(tl.int64)[None, :] * tokens + start + q_Q[:, None]
-    c_QG = tl.cumsum(decay_QG, 0)
-    tl.store(c_ptr + offset_QG, c_QG, mask=mask_QG)
-    tl.store(e_ptr + offset_QG, c_QG - tl.log2(tl.maximum(dt_QG, LEAST_DT)), mask=mask_QG)
+    tl.store(dt_out_ptr + offset_QG, dt_QG, mask=mask_QG)
+    tl.store(c_ptr + offset_QG, tl.cumsum(decay_QG, 0), mask=mask_QG)

@@ -48,7 +48,7 @@ def spread_heads_rows(value_QG, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sequences", "segments", "tokens"])
 def walk_kernel(
-    key_ptr, value_ptr, e_ptr, c_ptr, offsets_ptr, table_ptr, chunk_slot_ptr, state_ptr,
+    key_ptr, value_ptr, dt_ptr, c_ptr, offsets_ptr, table_ptr, chunk_slot_ptr, state_ptr,
     boundary_ptr, boundary_decay_ptr, end_ptr, sequences, segments, tokens,
     key_stride: tl.constexpr, value_stride: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
     P: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, SEGMENT_CHUNKS: tl.constexpr,
@@ -123,24 +123,26 @@ def walk_kernel(
         )  # fmt: skip
         last_row = start + tl.minimum(end - start, CHUNK) - 1
         if G == 1:  # one head: plain vectors
+            c_Q = tl.load(c_ptr + head_row + start + q_Q, mask=here_Q, other=0.0)
             last = tl.load(c_ptr + head_row + last_row)
             if REVERSE:
-                c_Q = tl.load(c_ptr + head_row + start + q_Q, mask=here_Q, other=0.0)
-                weight_QW = tl.exp2(c_Q)[:, None]
+                weight_Q = tl.exp2(c_Q)
             else:
-                e_Q = tl.load(e_ptr + head_row + start + q_Q, mask=here_Q, other=0.0)
-                weight_QW = tl.exp2(last - e_Q)[:, None]
+                dt_Q = tl.load(dt_ptr + head_row + start + q_Q, mask=here_Q, other=0.0)
+                weight_Q = dt_Q * tl.exp2(last - c_Q)
+            weight_QW = weight_Q[:, None]
             state_NW *= tl.exp2(last)
             log_decay_G += last
         else:
             offset_QG = head_row_G[None, :] + start + q_Q[:, None]
             mask_QG = here_Q[:, None] & (head_G < H)[None, :]
+            c_QG = tl.load(c_ptr + offset_QG, mask=mask_QG, other=0.0)
             last_G = tl.load(c_ptr + head_row_G + last_row, mask=head_G < H, other=0.0)
             if REVERSE:
-                weight_QG = tl.exp2(tl.load(c_ptr + offset_QG, mask=mask_QG, other=0.0))
+                weight_QG = tl.exp2(c_QG)
             else:
-                e_QG = tl.load(e_ptr + offset_QG, mask=mask_QG, other=0.0)
-                weight_QG = tl.exp2(last_G[None, :] - e_QG)
+                dt_QG = tl.load(dt_ptr + offset_QG, mask=mask_QG, other=0.0)
+                weight_QG = dt_QG * tl.exp2(last_G[None, :] - c_QG)
             weight_QW = spread_heads_rows(weight_QG, W)
             state_NW *= spread_heads(tl.exp2(last_G), W)[None, :]
             log_decay_G += last_G
