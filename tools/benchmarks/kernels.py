@@ -55,7 +55,8 @@ def profiled(call: Callable[[], object], device: torch.device) -> dict[str, Time
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it says when it begins and ends
     for _ in range(CALLS):
         call()
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as seen:  # else torch 2.11 warns
         for _ in range(CALLS):
             call()
         if on_gpu:
