@@ -18,11 +18,20 @@ from modules.catalogue import Catalogue, RepeatPairs
 from modules.encoder import Encoder
 from modules.ssd import sequence_of_tokens
 
-# Tokens and users of a batch on a GPU are padded to whole steps: cuBLAS takes a while over each
-# size of a product that is new to it.
-STEPS = 16_384, 64
+# Tokens and users of a batch on a GPU are padded to one of 8 and 16 sizes an octave: cuBLAS takes a
+# while over each size of a product that is new to it.
+TOKEN_BITS, USER_BITS = 3, 4
 Pairs = tuple[Tensor, Tensor]  # items (table rows) and users (of a batch), int64
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def rounded_up(number: int, bits: int) -> int:
+    """The next number, itself included, that is 0 behind its leading bit and `bits` more.
+
+    That adds one part in 2^bits at most.
+    """
+    step = 1 << max(0, (number - 1).bit_length() - 1 - bits)
+    return -(-number // step) * step
 
 
 class KernelScorer:
@@ -48,7 +57,7 @@ class KernelScorer:
             torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
             # A sum that cuBLAS splits must not be added up in fp16: `Catalogue` counts on fp32.
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        self.steps = STEPS if device.type == "cuda" else (1, 1)
+        self.pads = device.type == "cuda"
         self.encoder = Encoder(**config).to(device).eval()
         self.encoder.load_state_dict(model.encoder.state_dict())
         rows_VD = torch.cat(model.rows)
@@ -150,11 +159,13 @@ class KernelScorer:
         return self.model.top(h_BD[some_R], k, *of_these(left_out), self.allowed_V, *repeated)
 
     def _padded(self, items_T: Tensor, offsets_B1: Tensor) -> tuple[Tensor, Tensor]:
-        """With padding tokens and empty sequences at the end, up to whole `steps`."""
-        more_T = -len(items_T) % self.steps[0]
-        more_B = -(len(offsets_B1) - 1) % self.steps[1]
-        last = int(offsets_B1[-1])
-        return pad(items_T, (0, more_T)), pad(offsets_B1, (0, more_B), value=last)
+        """With padding tokens and empty sequences at the end where `pads` is set."""
+        if not self.pads:
+            return items_T, offsets_B1
+        tokens, users = len(items_T), len(offsets_B1) - 1
+        more_T = rounded_up(tokens, TOKEN_BITS) - tokens
+        more_B = rounded_up(users, USER_BITS) - users
+        return pad(items_T, (0, more_T)), pad(offsets_B1, (0, more_B), value=tokens)
 
     def _here(self, x: Tensor) -> Tensor:
         """On the device, without waiting for what runs there."""

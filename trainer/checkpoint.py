@@ -118,7 +118,7 @@ def find_damage(folder: Path, world: World) -> str | None:
     """
     found, failure = None, None
     try:
-        found = files.find_damage(folder, world.rank, world.size)
+        found = files.find_damage(folder, world.rank, world.size, world.local_size)
     except InputError as error:
         failure = str(error)
     every: list[Any] = [None] * world.size

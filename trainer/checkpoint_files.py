@@ -130,11 +130,12 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     write_atomically(folder / MANIFEST, text.encode())
 
 
-def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+def find_damage(folder: Path, part: int = 0, parts: int = 1, processes: int = 1) -> str | None:
     """What is wrong with a checkpoint's files, naming the first such file; None when all is well.
 
-    Compares all sizes, and the checksums of one of `parts` shares of the files. Raises InputError
-    for a file that is there and cannot be read: that says nothing about its content.
+    Compares all sizes, and the checksums of one of `parts` shares of the files. processes: of this
+    host that take a share. Raises InputError for a file that is there and cannot be read: that says
+    nothing about its content.
     """
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
@@ -145,7 +146,7 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
             if size != expected["bytes"]:
                 return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
         names = sorted(files)[part::parts]
-        found = on_all_cores(lambda name: checksums([folder / name])[name], names, processes=parts)
+        found = on_all_cores(lambda name: checksums([folder / name])[name], names, processes)
         for name, now in zip(names, found, strict=True):
             if now != files[name]:
                 return f"{name} has another checksum than when it was written"

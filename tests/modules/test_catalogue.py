@@ -9,7 +9,7 @@ import torch
 from data.schema import RESERVED_ROWS
 from modules.catalogue import COLUMNS, Catalogue, RepeatPairs
 from modules.encoder import Encoder
-from modules.kernel_scorer import KernelScorer
+from modules.kernel_scorer import TOKEN_BITS, USER_BITS, KernelScorer, rounded_up
 from modules.scorer import NO_ROW, Scorer, quantise
 
 CPU = torch.device("cpu")
@@ -193,9 +193,10 @@ def test_kernel_scorer_answers_as_the_bundles_model(kind, exclude_seen, repeats)
 
 
 @pytest.mark.parametrize("exclude_seen", [False, True])
-@pytest.mark.parametrize("steps", [(1, 1), (512, 16)])  # the second as on a GPU: sizes are padded
-def test_users_without_a_proof_are_ranked_in_full(exclude_seen, steps):
+@pytest.mark.parametrize("pads", [False, True])  # True: as on a GPU
+def test_users_without_a_proof_are_ranked_in_full(monkeypatch, exclude_seen, pads):
     """Some have one and some not: here by a bound that is too large for most."""
+    monkeypatch.setattr("modules.kernel_scorer.USER_BITS", 0)  # 5 users become 8
     rows_VD = torch.randn(3000, 16, generator=torch.Generator().manual_seed(3))
     model, config = scripted(rows_VD, 3000, repeats=True)
     items_T = torch.randint(8, 3000, (sum(LENGTHS),))
@@ -209,11 +210,24 @@ def test_users_without_a_proof_are_ranked_in_full(exclude_seen, steps):
     _, best_BK, _ = scorer.catalogue.top(h_BD, 20, NOTHING, NOTHING)
     gap_B = best_BK[:, -1] * question.scale_B - approx_BC.amin(1)
     scorer.catalogue.error = float(gap_B.sort().values[2])
-    scorer.steps = steps
+    scorer.pads = pads
+    sizes = [len(one) for one in scorer._padded(items_T, offsets_B1)]
+    assert sizes == ([384, 9] if pads else [377, 6])
     rows, scores = scorer.launch(items_T, offsets_B1, 20, exclude_seen, pairs)()
     assert 0 < scorer.rescored < len(LENGTHS)
     assert torch.equal(rows, expected[0])
     torch.testing.assert_close(scores, expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_are_few_and_not_much_larger():
+    assert rounded_up(261_993, TOKEN_BITS) == 262_144
+    assert [rounded_up(users, USER_BITS) for users in (1, 31, 33, 1_024, 1_470)] == [
+        1, 31, 34, 1_024, 1_472,
+    ]  # fmt: skip
+    for bits in (TOKEN_BITS, USER_BITS):
+        found = [rounded_up(number, bits) for number in range(1, 5_000)]
+        assert all(0 <= up - number <= number / 2**bits for number, up in enumerate(found, 1))
+        assert sum(up > 1_024 for up in set(found)) <= 3 * 2**bits
 
 
 def test_large_batches_are_done_in_even_blocks():
