@@ -251,7 +251,7 @@ def scan(
 
 @dataclass(frozen=True)
 class Sums:
-    """What the gradient of dt is made of: q, o, r in two parts, <h, g> (see `ssd_backward`).
+    """What the gradient of dt is made of: dt q, dt o, r in two parts, <h, g> (see `ssd_backward`).
 
     For the last outputs alone o and the sums of what leaves the chunks before (see `ssd_last`).
     """
@@ -444,7 +444,8 @@ def ssd_triton(
     Args:
         x_THP: bf16 or fp32, P in {16, 32, 64, 128}; the heads of a token adjacent in memory, any
             stride between tokens (a slice of a wider tensor is read in place).
-        dt_TH: fp32, positive (softplus already applied).
+        dt_TH: fp32, positive (softplus already applied). Where it is 0 its gradient is only what
+            comes through the decays.
         A_H, D_H: fp32, A negative.
         B_TN, C_TN: dtype of x, N in {16, 32, 64, 128}, one group shared by all heads.
         offsets_B1: int64, `[0, …]`, sequence b is `[offsets_b, offsets_{b+1})`; unused sequences

@@ -17,12 +17,13 @@ A decay a_k touches every pair j < k ≤ i, be j or i inside the chunk or not. W
 Row and column sums come from the same fp32 W, so what should cancel does; the last term restarts
 the sum in every chunk, so no rounding error travels along a long sequence. (The usual shortcut
 `C·dC - B·dB`, summed from the sequence's end, does both.) Then `ddt_k = q_k + o_k + A da_k` and
-`dA = Σ dt_k da_k`: a second, small kernel for all heads at once. dA and dD leave as one partial
-sum a chunk.
+`dA = Σ dt_k da_k`: a second, small kernel for all heads at once, which gets q and o times dt. dA
+and dD leave as one partial sum a chunk. D stands on the diagonal of what dy is multiplied by, which
+in bf16 rounds it with the rest.
 
 Products are laid out [j, i] from the start: the tile that dx and dB multiply from the left is then
-the one that dCᵀ multiplies from the right, and no result of a product is ever transposed, which
-Triton 3.6 miscompiles on Hopper (flash-linear-attention #640).
+the one that dCᵀ multiplies from the right, and no result of a product goes transposed
+into another, which Triton 3.6 miscompiles on Hopper (flash-linear-attention #640).
 
 Shape suffixes: Q tokens of the chunk, N state, P channels of a head, H heads.
 """
@@ -113,33 +114,32 @@ def gradient_kernel(
         c_Q = tl.load(c_ptr + token_row + t_Q, mask=here_Q, other=0.0)
         last = tl.load(c_ptr + token_row + length - 1)
 
-        L_JI = tl.exp2(tl.minimum(c_Q[None, :] - c_Q[:, None], 0.0))
         M_JI = tl.dot(x_QP, tl.trans(dy_QP), input_precision=PRECISION)
         diagonal_JI = tl.where(t_Q[:, None] == t_Q[None, :], M_JI, 0.0)
         tl.store(dD_ptr + piece * H + head, tl.sum(diagonal_JI))
+        L_JI = tl.exp2(tl.minimum(c_Q[None, :] - c_Q[:, None], 0.0)) * dt_Q[:, None]
         SL_JI = S_JI * L_JI
-        tl.store(q_ptr + token_row + t_Q, tl.sum(SL_JI * M_JI, 1), mask=here_Q)
-        ML_JI = M_JI * L_JI * dt_Q[:, None]
-        tl.store(r_ptr + token_row + t_Q, tl.sum(S_JI * ML_JI, 0), mask=here_Q)
-        mixed_JI += ML_JI
+        W_JI = SL_JI * M_JI
+        tl.store(q_ptr + token_row + t_Q, tl.sum(W_JI, 1), mask=here_Q)
+        tl.store(r_ptr + token_row + t_Q, tl.sum(W_JI, 0), mask=here_Q)
+        mixed_JI += M_JI * L_JI
 
-        leaving_Q = tl.exp2(last - c_Q)
-        dx_QP = tl.dot(B_QN, g_NP, input_precision=PRECISION) * leaving_Q[:, None]
+        weight_Q = tl.exp2(last - c_Q) * dt_Q
+        dx_QP = tl.dot(B_QN, g_NP, input_precision=PRECISION) * weight_Q[:, None]
         tl.store(o_ptr + token_row + t_Q, tl.sum(dx_QP * x_QP, 1), mask=here_Q)
+        SL_JI += tl.where(t_Q[:, None] == t_Q[None, :], tl.load(D_ptr + head), 0.0)
         dx_QP = tl.dot(SL_JI.to(dy_QP.dtype), dy_QP, dx_QP, input_precision=PRECISION)
-        dx_QP = dx_QP * dt_Q[:, None] + tl.load(D_ptr + head) * dy_QP
         dx_base = dx_ptr + first * dx_stride + head * P
         tl.store(dx_base + dx_QP_offset, dx_QP.to(dx_ptr.dtype.element_ty), mask=here_Q[:, None])
-        weighted_QP = (x_QP * (leaving_Q * dt_Q)[:, None]).to(x_QP.dtype)
-        dB_QN = tl.dot(weighted_QP, tl.trans(g_NP), dB_QN, input_precision=PRECISION)
+        xg_QN = tl.dot(x_QP, tl.trans(g_NP), input_precision=PRECISION)
+        dB_QN += xg_QN * weight_Q[:, None]
 
     mixed_JI = tl.where(t_Q[:, None] <= t_Q[None, :], mixed_JI, 0.0).to(B_QN.dtype)
     dB_QN = tl.dot(mixed_JI, C_QN, dB_QN, input_precision=PRECISION)
     tl.store(dB_ptr + token_row_QN, dB_QN.to(dB_ptr.dtype.element_ty), mask=here_Q[:, None])
-    dC_NQ = tl.dot(tl.trans(B_QN), mixed_JI, input_precision=PRECISION)
+    dC_QN = tl.trans(tl.dot(tl.trans(B_QN), mixed_JI, input_precision=PRECISION))
 
     if index > 0:  # the state that came in; from the last head, whose dy and g are still in L2
-        C_NQ = tl.trans(C_QN)
         for step in tl.range(first_head, last_head, disable_licm=True):
             head = first_head + last_head - 1 - step
             dy_base = dy_ptr + first * dy_stride + head * P
@@ -163,12 +163,11 @@ def gradient_kernel(
             last = tl.load(c_ptr + token_row + length - 1)
             through = tl.exp2(last) * tl.sum(h_NP.to(tl.float32) * g_NP.to(tl.float32))
             tl.store(through_ptr + piece * H + head, through)
-            dC_head_NQ = tl.dot(h_NP, tl.trans(dy_QP), input_precision=PRECISION)
-            dC_head_NQ *= tl.exp2(c_Q)[None, :]
-            dC_NQ += dC_head_NQ
-            tl.store(s_ptr + token_row + t_Q, tl.sum(dC_head_NQ * C_NQ, 0), mask=here_Q)
-    dC_ptrs = dC_ptr + tl.trans(token_row_QN)
-    tl.store(dC_ptrs, dC_NQ.to(dC_ptr.dtype.element_ty), mask=here_Q[None, :])
+            dC_head_QN = tl.dot(dy_QP, tl.trans(h_NP), input_precision=PRECISION)
+            dC_head_QN *= tl.exp2(c_Q)[:, None]
+            dC_QN += dC_head_QN
+            tl.store(s_ptr + token_row + t_Q, tl.sum(dC_head_QN * C_QN, 1), mask=here_Q)
+    tl.store(dC_ptr + token_row_QN, dC_QN.to(dC_ptr.dtype.element_ty), mask=here_Q[:, None])
 
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
@@ -178,7 +177,7 @@ def decay_gradient_kernel(
     raw_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
     RAW: tl.constexpr, LAST: tl.constexpr, MIRROR: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """ddt and a partial dA of one chunk from q, o, r and <h, g> (see the top of the file).
+    """ddt and a partial dA of one chunk from dt q, dt o, r and <h, g> (see the top of the file).
 
     RAW (see `decay_kernel`): the gradients of what was read there, and a partial dbias.
     LAST: there are no q and r (see `ssd_last`). ADD: the gradients are added to what is there.
@@ -218,14 +217,13 @@ def decay_gradient_kernel(
     A_G = tl.load(A_ptr + head_G, mask=inside_G, other=0.0)
     if RAW:
         A_G = -tl.exp(A_G)
-    left_QG = dt_QG * o_QG
-    da_QG = tl.cumsum(left_QG, 0) - left_QG
+    da_QG = tl.cumsum(o_QG, 0) - o_QG
     if not LAST:
-        da_QG = tl.cumsum(r_QG - dt_QG * q_QG, 0, reverse=True) + da_QG
+        da_QG = tl.cumsum(r_QG - q_QG, 0, reverse=True) + da_QG
         o_QG += q_QG
     da_QG += through_G[None, :]
     dA_G = tl.sum(dt_QG * da_QG, 0)
-    ddt_QG = o_QG + A_G[None, :] * da_QG
+    ddt_QG = tl.where(dt_QG > 0, o_QG / dt_QG, 0.0) + A_G[None, :] * da_QG
     if RAW:
         row_QG = t_Q[:, None] * (STEP * raw_stride) + head_G[None, :]
         raw_ptrs = raw_ptr + first * raw_stride + row_QG

@@ -165,7 +165,7 @@ def last_gradient_kernel(
     stride: tl.constexpr, dstride: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, MIRROR: tl.constexpr,
 ):  # fmt: skip
-    """dx, dB, dC = 0 and o of a chunk, Σ_j dt_j o_j, a partial dC, dD where it is the last one."""
+    """dx, dB, dC = 0 and dt o of a chunk, their sum, a partial dC, dD where it is the last one."""
     piece = tl.program_id(0)
     sequence, index, count, _ = piece_row(table_ptr, piece, chunks)
     n_N, g_G, w_W, q_Q = (
@@ -214,13 +214,13 @@ def last_gradient_kernel(
         D_G = tl.load(D_ptr + head + g_G, mask=inside_G, other=0.0)
 
         along_QG = tl.sum(tl.reshape(x_QW * dy_W[None, :], [CHUNK, G, P]), 2)
-        moved_QG = decay_QG * along_QG
-        ds_Q += tl.sum(dt_QG * moved_QG, 1)
+        moved_QG = dt_QG * decay_QG * along_QG
+        ds_Q += tl.sum(moved_QG, 1)
         o_QG = s_Q[:, None] * moved_QG
         row_G = (head + g_G).to(tl.int64) * tokens + start
         o_ptrs = o_ptr + row_G[None, :] + q_Q[:, None]
         tl.store(o_ptrs, o_QG, mask=here_Q[:, None] & inside_G[None, :])
-        tl.store(total_ptr + piece * H + head + g_G, tl.sum(dt_QG * o_QG, 0), mask=inside_G)
+        tl.store(total_ptr + piece * H + head + g_G, tl.sum(o_QG, 0), mask=inside_G)
         dD_G = tl.sum(tl.where(read_Q[:, None], along_QG, 0.0), 0)
         tl.store(dD_ptr + piece * H + head + g_G, dD_G, mask=inside_G)
 
