@@ -37,7 +37,9 @@ def make_case(lengths, tokens, width, state, head, taps, dtype=torch.float32, de
     with torch.no_grad():
         for parameter in (mixer.dt_bias, mixer.D, mixer.norm_weight):
             parameter.add_(torch.randn_like(parameter))
-    proj = torch.randn(tokens, mixer.in_proj.out_features).to(device, dtype)
+    columns = mixer.in_proj.out_features
+    proj = torch.randn(tokens, columns).to(device, dtype)
+    proj = torch.nn.functional.pad(proj, (0, 3))[:, :columns]  # in wider rows, as from `project`
     dout = torch.randn(tokens, mixer.inner).to(device, dtype)
     offsets = torch.tensor([0, *lengths, 0], device=device).cumsum(0)  # the last is unused
     return mixer.to(device), proj, offsets, positions(offsets, tokens), dout
