@@ -16,13 +16,13 @@ from torch.nn.functional import pad
 
 from modules.catalogue import Catalogue, RepeatPairs
 from modules.encoder import Encoder
+from modules.products import DTYPES
 from modules.ssd import sequence_of_tokens
 
 # Tokens and users of a batch on a GPU are padded to one of 8 and 16 sizes an octave: cuBLAS takes a
 # while over each size of a product that is new to it.
 TOKEN_BITS, USER_BITS = 3, 4
 Pairs = tuple[Tensor, Tensor]  # items (table rows) and users (of a batch), int64
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def rounded_up(number: int, bits: int) -> int:
@@ -51,7 +51,7 @@ class KernelScorer:
         precision: str,
         allowed_V: Tensor | None = None,
     ) -> None:
-        self.model, self.device, self.dtype = model, device, PRECISIONS[precision]
+        self.model, self.device, self.dtype = model, device, DTYPES[precision]
         if device.type == "cuda":
             # Triton launches on the current device.
             torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)

@@ -72,10 +72,10 @@ def load(suite: str) -> Any:
 
 def describe(device: str, ceilings: Ceilings) -> str:
     rates = ", ".join(
-        f"{name} {rate / 1e12:,.2f} TFLOP/s" for name, rate in ceilings.flops_per_second.items()
+        f"{name} {rate / 1e12:,.2f}" for name, rate in ceilings.flops_per_second.items()
     )
     bandwidth = ceilings.bytes_per_second / 1e9
-    return f"{device}: copy {bandwidth:,.0f} GB/s, matrix products {rates}"
+    return f"{device}: copy {bandwidth:,.0f} GB/s, matrix products {rates} TFLOP/s"
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from data.samples import NO_SAMPLES
 from data.schema import RESERVED_ROWS
 from data.vocabulary import Vocabulary
 from modules.behind_table import BehindTable
+from modules.products import fp32_products
 from trainer.config import Config
 from trainer.parts import candidates, encoder_and_loss
 from trainer.resolve import OBJECTIVES, resolve
@@ -83,8 +84,9 @@ def step_of(config: Config, table_rows: int, world: World) -> Callable[[], objec
     x_TD, c_CD = (one.detach().requires_grad_() for one in both.split(parts))
 
     def step() -> object:
-        loss = model.loss_of_rows(x_TD, c_CD, ids[tokens:], batch)
-        return torch.autograd.grad(loss, [x_TD, c_CD, *model.parameters()])
+        with fp32_products(config.trainer.precision):
+            loss = model.loss_of_rows(x_TD, c_CD, ids[tokens:], batch)
+            return torch.autograd.grad(loss, [x_TD, c_CD, *model.parameters()])
 
     return step
 

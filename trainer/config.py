@@ -108,7 +108,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"]
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "tf32", "bf16"]
     cuda_graphs: bool
     max_epochs: int
     learning_rate: float

@@ -9,10 +9,9 @@ from data.vocabulary import Vocabulary
 from modules.behind_table import Loss
 from modules.encoder import Encoder
 from modules.losses import FullSoftmax, SampledSoftmax
+from modules.products import DTYPES
 from trainer.config import Config
 from trainer.world import World
-
-PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def encoder_and_loss(config: Config, world: World) -> tuple[Encoder, Loss, torch.dtype]:
@@ -25,7 +24,7 @@ def encoder_and_loss(config: Config, world: World) -> tuple[Encoder, Loss, torch
         loss = FullSoftmax(world.rank, smoothing=config.loss.smoothing)
     else:
         loss = SampledSoftmax(config.loss.negatives, config.loss.in_batch, config.loss.logq)
-    return encoder, loss, PRODUCTS[config.trainer.precision]
+    return encoder, loss, DTYPES[config.trainer.precision]
 
 
 def candidates(config: Config, table_rows: int, counts: Vocabulary, world: World) -> Candidates:

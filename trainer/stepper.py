@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.batch import SequenceBatch
 from data.loader import Step
+from modules.products import fp32_products
 from trainer.config import TrainerConfig
 from trainer.distributed import seed_step
 from trainer.graphs import captured
@@ -146,9 +147,10 @@ class Stepper:
         """(the sum of this rank's losses, gradients to both kinds of rows), and dense gradients."""
         dense = self.sharded.dense_parameters
         batch = self._batch
-        loss = self.sharded.recommender.loss_of_rows(*self._rows, batch.candidates_C, batch)
-        weighted = loss * (self.world.size / batch.step_targets)
-        dx_TD, dc_CD, *gradients = torch.autograd.grad(weighted, [*self._rows, *dense])
+        with fp32_products(self.config.precision):
+            loss = self.sharded.recommender.loss_of_rows(*self._rows, batch.candidates_C, batch)
+            weighted = loss * (self.world.size / batch.step_targets)
+            dx_TD, dc_CD, *gradients = torch.autograd.grad(weighted, [*self._rows, *dense])
         self._gradients = gradients if self.world.size == 1 else self._joined(gradients)
         for parameter, gradient in zip(dense, self._gradients, strict=True):
             parameter.grad = gradient

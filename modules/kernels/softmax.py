@@ -28,6 +28,7 @@ import triton
 from torch import Tensor
 
 from modules.kernels.softmax_walk import logsumexp_kernel, target_kernel, weight_kernel
+from modules.products import triton_precision
 from modules.repeats import WHOLE_TILES
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -57,7 +58,7 @@ def choose_launch(D: int, dtype: torch.dtype) -> Launch:
     (`tests/gpu/lint_sass.py`).
     """
     if dtype == torch.float32:
-        return Launch(32, 64, 32, warps=4, stages=3, precision="tf32x3")
+        return Launch(32, 64, 32, warps=4, stages=3, precision=triton_precision())
     if D > 256:
         return Launch(128, 128, 64, warps=8, stages=3, precision="ieee")
     columns = max(triton.next_power_of_2(D), 16)

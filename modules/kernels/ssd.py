@@ -33,6 +33,7 @@ from modules.kernels.ssd_forward import output_kernel
 from modules.kernels.ssd_scan import scan_kernel
 from modules.kernels.ssd_table import count_pieces_kernel, decay_kernel, fill_table_kernel
 from modules.kernels.ssd_walk import combine_segments_kernel, walk_kernel
+from modules.products import triton_precision
 
 SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -52,7 +53,7 @@ class Launch:
     gradient_warps: int
     gradient_stages: int
     one_pass: bool = False  # forward: see `ssd_scan`
-    precision: str = "tf32x3"  # of fp32 products, within 1e-6; bf16 products ignore it
+    precision: str = "ieee"  # of fp32 products; bf16 products ignore it
 
 
 def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
@@ -65,9 +66,8 @@ def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
     of P 32 at N 128 have two stages for the same reason: with three or one, a single head reads an
     illegal address.
     """
-    if dtype == torch.float32:  # tiles are twice as large: shorter chunks keep them on the chip
-        return Launch(32, 32, 64, walk_warps=4, walk_stages=1, output_warps=4, output_stages=1,
-                      gradient_warps=8, gradient_stages=1)  # fmt: skip
+    if dtype == torch.float32:
+        return _fp32_launch(P, N)
     one_pass = P == 64 and N == 64  # timed, and the walk's options for the backward
     return Launch(
         chunk=64,
@@ -80,6 +80,41 @@ def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
         gradient_warps=4,
         gradient_stages=1 if P > 32 else 2 if N == 128 else 3,
         one_pass=one_pass,
+    )
+
+
+def _fp32_launch(P: int, N: int) -> Launch:
+    """Tiles are twice as large as in bf16: shorter chunks keep them on the chip.
+
+    What does not fit into registers is spilled, at up to 30 times the time: three products for one
+    need more warps.
+    """
+    precision = triton_precision()
+    if precision == "tf32":
+        return Launch(
+            chunk=32,
+            segment_chunks=32,
+            tile=64,
+            walk_warps=2,
+            walk_stages=2,
+            output_warps=2 if P <= 64 else 4,
+            output_stages=3 if P <= 64 else 2,
+            gradient_warps=2 if P <= 32 and N <= 64 else 4 if P <= 64 else 8,
+            gradient_stages=1,
+            precision=precision,
+        )
+    narrow = P <= 64 and N <= 64
+    return Launch(
+        chunk=32,
+        segment_chunks=32,
+        tile=64,
+        walk_warps=4,
+        walk_stages=1 if N <= 64 else 2,
+        output_warps=2 if narrow else 4,
+        output_stages=3 if narrow and P <= 32 else 2,
+        gradient_warps=8 if not narrow else 4 if P > 16 else 2,
+        gradient_stages=2 if narrow and P <= 16 else 1,
+        precision=precision,
     )
 
 
@@ -253,7 +288,7 @@ def scan(
 class Sums:
     """What the gradient of dt is made of: dt q, dt o, r in two parts, <h, g> (see `ssd_backward`).
 
-    For the last outputs alone o and the sums of what leaves the chunks before (see `ssd_last`).
+    For the last outputs alone dt o and the sums of what leaves the chunks before (see `ssd_last`).
     """
 
     qors_4HT: Tensor | None

@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from modules.products import DTYPES, fp32_products
+
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)\s*(.*?);")
 
 
@@ -119,11 +121,10 @@ def lint(call):
 
 
 def launch_ssd(P, N, H, tokens=2400, sequences=12):
-    """Forward and backward of both dtypes, alone and inside the mixer's operation."""
-    from modules.kernels.ssd import DTYPES
-
-    for dtype in DTYPES:
-        launch_ssd_of(dtype, P, N, H, tokens, sequences)
+    """Forward and backward in every precision, alone and inside the mixer's operation."""
+    for precision, dtype in DTYPES.items():
+        with fp32_products(precision):
+            launch_ssd_of(dtype, P, N, H, tokens, sequences)
 
 
 def launch_ssd_of(dtype, P, N, H, tokens, sequences):
@@ -153,18 +154,19 @@ def launch_ssd_of(dtype, P, N, H, tokens, sequences):
 
 
 def launch_softmax(D, positions=2400, candidates=3001):
-    """Forward and backward of both dtypes, with and without hits, places and repeats."""
+    """Forward and backward in every precision, with and without hits, places and repeats."""
     from modules.kernels import softmax
 
     value_N, bias_C = torch.empty(positions), torch.empty(candidates)
     ids_N, ids_C = (torch.zeros(n, dtype=torch.int64) for n in (positions, candidates))
-    for dtype in softmax.DTYPES:
+    held = torch.empty(9, 128 * -(-candidates // 128), dtype=torch.int32)[:, :candidates]
+    repeats = (held, ids_N, ids_N.int(), value_N)
+    some = [(None, None, None), (None, None, ids_N), (ids_C, ids_N, None)]
+    kinds = itertools.product(DTYPES.items(), some, [(None,) * 4, repeats])
+    for (precision, dtype), ids, more in kinds:
         h, c = (torch.empty(n, D, dtype=dtype) for n in (positions, candidates))
-        held = torch.empty(9, 128 * -(-candidates // 128), dtype=torch.int32)[:, :candidates]
-        repeats = (held, ids_N, ids_N.int(), value_N)
-        some = [(None, None, None), (None, None, ids_N), (ids_C, ids_N, None)]
-        for ids, more in itertools.product(some, [(None,) * 4, repeats]):
-            inputs = (h, c, bias_C, *ids, *more)
+        inputs = (h, c, bias_C, *ids, *more)
+        with fp32_products(precision):
             softmax.candidate_logsumexp_op._init_fn(*inputs)
             softmax.candidate_logsumexp_backward_op._init_fn(value_N, value_N, *inputs, value_N)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modules.encoder import Encoder
+from modules.products import fp32_products
 from tests.modules import test_mixer_kernels as core
 from tests.modules.test_norm_kernels import gated_cases, gelu_cases, relative, residual_cases
 
@@ -57,13 +58,13 @@ def mixer_case(width, state, head, fill, dtype):
     return core.make_case(lengths, sum(lengths) + 77, *sizes, dtype=dtype, device="cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "tf32"])
 @pytest.mark.parametrize("read", ["all", "any", "last"])
 @pytest.mark.parametrize(
     ("kind", "restore_order"),
     [("causal", False), ("bidirectional", False), ("bidirectional", True)],
 )
-def test_encoder_values_and_gradients(kind, restore_order, read, dtype):
+def test_encoder_values_and_gradients(kind, restore_order, read, precision):
     torch.manual_seed(0)
     encoder = Encoder(
         kind, width=128, layers=2, state=32, head=32, expand=2, conv=4, dropout=0.0,
@@ -82,14 +83,15 @@ def test_encoder_values_and_gradients(kind, restore_order, read, dtype):
 
     doubles = copy.deepcopy(encoder).double()
     expected = run(doubles, x.double(), offsets, read_S, d.double())
-    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    bf16 = torch.autocast("cuda", dtype=torch.bfloat16, enabled=precision == "bf16")
+    with fp32_products(precision), bf16:
         got = run(
             encoder.cuda(), x.cuda(), offsets.cuda(), None if read_S is None else read_S.cuda(),
             d.cuda(),
         )  # fmt: skip
     names = ["out", "x", *[name for name, _ in encoder.named_parameters()]]
     errors = {n: relative(a.cpu(), b) for n, a, b in zip(names, got, expected, strict=True)}
-    limit = 5e-2 if dtype == torch.bfloat16 else 5e-5
+    limit = 5e-5 if precision == "fp32" else 5e-2
     assert all(error < limit for error in errors.values()), errors
 
 

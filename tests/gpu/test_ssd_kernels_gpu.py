@@ -10,10 +10,12 @@ import itertools
 import pytest
 import torch
 
+from modules.products import DTYPES, fp32_products
+
 pytestmark = pytest.mark.gpu
 
 MIXED = [1, 63, 64, 65, 200, 1, 2, 1500, 128, 333, 1]
-LIMIT = {torch.bfloat16: 6e-3, torch.float32: 2e-5}
+LIMIT = {"bf16": 6e-3, "fp32": 2e-5, "tf32": 6e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -88,14 +90,15 @@ def run(inputs, offsets, dy, dfinal=None):
     return y.detach(), final.detach(), torch.autograd.grad(outputs, leaves, gradients)
 
 
-def compare(inputs, offsets, dy, dfinal, used):
-    y, final, got = run(inputs, offsets, dy, dfinal)
+def compare(inputs, offsets, dy, dfinal, used, precision):
+    with fp32_products(precision):
+        y, final, got = run(inputs, offsets, dy, dfinal)
     dfinal_or_zero = torch.zeros(
         offsets.numel() - 1, *dy.shape[1:], inputs[3].shape[1], device="cuda"
     )
     dfinal_or_zero = dfinal_or_zero if dfinal is None else dfinal
     y_exact, final_exact, want = exact(inputs, offsets, dy, dfinal_or_zero)
-    limit = LIMIT[y.dtype]
+    limit = LIMIT[precision]
 
     def relative(a, b, scale=None):
         return ((a.double() - b).norm() / (b.norm() if scale is None else scale)).item()
@@ -125,20 +128,20 @@ ALL = [(P, N, 3) for P in (16, 32, 64, 128) for N in (16, 32, 64, 128)]
 MORE_HEADS = [(16, 64, 1), (16, 64, 8), (32, 128, 1), (32, 64, 8), (64, 64, 1), (64, 64, 8)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("precision", LIMIT)
 @pytest.mark.parametrize(("P", "N", "H"), ALL + MORE_HEADS)
-def test_values_and_gradients(P, N, H, dtype):
-    inputs, offsets, dy, dfinal = make_inputs(MIXED, 2400, H, P, N, dtype)
-    compare(inputs, offsets, dy, dfinal if H == 3 else None, sum(MIXED))
+def test_values_and_gradients(P, N, H, precision):
+    inputs, offsets, dy, dfinal = make_inputs(MIXED, 2400, H, P, N, DTYPES[precision])
+    compare(inputs, offsets, dy, dfinal if H == 3 else None, sum(MIXED), precision)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("precision", LIMIT)
 @pytest.mark.parametrize("P", [16, 64])
-def test_lengths_from_1_to_20000(P, dtype):
-    lengths = [1, 9999, 3, 777, 20000 if dtype == torch.bfloat16 else 7000, 64, 1, 500]
+def test_lengths_from_1_to_20000(P, precision):
+    lengths = [1, 9999, 3, 777, 20000 if precision == "bf16" else 7000, 64, 1, 500]
     used = sum(lengths)
-    inputs, offsets, dy, _ = make_inputs(lengths, used + 100, 2, P, 64, dtype)
-    compare(inputs, offsets, dy, None, used)
+    inputs, offsets, dy, _ = make_inputs(lengths, used + 100, 2, P, 64, DTYPES[precision])
+    compare(inputs, offsets, dy, None, used, precision)
 
 
 @pytest.mark.parametrize(("P", "H"), [(16, 32), (64, 8)])

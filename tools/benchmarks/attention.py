@@ -36,14 +36,15 @@ def run(bench: Bench) -> None:
         with bench.case(name):
             used = tokens // length * length
             offsets_B1 = offsets_of(np.full(used // length, length), bench.device)
-            mine = bench.record(
-                f"{name}: fwd+bwd", encoder_pass(bench, ours, used, offsets_B1), work=used
-            )
-            peer = bench.record(
-                f"{name}: fwd+bwd",
-                encoder_pass(bench, theirs, used, offsets_B1),
-                by="attention",
-                work=used,
+            mine, peer = (
+                bench.record(
+                    f"{name}: fwd+bwd",
+                    encoder_pass(bench, encoder, used, offsets_B1),
+                    by=by,
+                    work=used,
+                    graph=True,
+                )
+                for by, encoder in (("ours", ours), ("attention", theirs))
             )
             measured.append((length, mine.median_ms, peer.median_ms))
             bench.find(f"length {length:,}: ours is {peer.median_ms / mine.median_ms:.2f} times")

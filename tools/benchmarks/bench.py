@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from tools.benchmarks.measure import PRECISIONS, Ceilings, Floor, Timer, Times, peak_bytes, release
+from modules.products import DTYPES
+from tools.benchmarks.measure import Ceilings, Floor, Timer, Times, peak_bytes, release
 from tools.benchmarks.report import HEADER, print_row
 from trainer.config import Config, ModelConfig
 from trainer.graphs import captured
@@ -94,7 +95,7 @@ class Bench:
         return replace(self.config.model, **changes)
 
     def autocast(self, precision: str | None = None) -> torch.autocast:
-        kind = PRECISIONS[precision or self.precision]
+        kind = DTYPES[precision or self.precision]
         enabled = kind != torch.float32
         return torch.autocast(
             self.device.type, dtype=kind if enabled else torch.bfloat16, enabled=enabled
@@ -119,12 +120,14 @@ class Bench:
         unit: str = "tok",
         floor: Floor | None = None,
         gradient_bytes: int | None = 0,
+        graph: bool = False,
     ) -> Row:
         """Time `call`, print the row and keep it.
 
         gradient_bytes: not counted as peak memory; None for a call whose peak says nothing.
+        graph: time what `graphed` makes of it.
         """
-        times = self.timer(call)
+        times = self.timer(self.graphed(call, graph))
         peak = None if gradient_bytes is None else peak_bytes(call, self.device)
         if peak is not None:
             peak = max(0, peak - (gradient_bytes or 0))

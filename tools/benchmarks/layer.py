@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from modules.encoder import positions
+from modules.products import DTYPES
 from modules.ssd import causal_conv_reference
 from tools.benchmarks.bench import Bench
 from tools.benchmarks.inputs import filling_lengths, offsets_of
-from tools.benchmarks.measure import PRECISIONS, Floor
+from tools.benchmarks.measure import Floor
 from tools.benchmarks.passes import encoder_pass, new_encoder
 from trainer.config import ModelConfig
 
@@ -34,16 +35,17 @@ def run(bench: Bench) -> None:
             work = floor(model, tokens, None if reads is None else len(reads), bench.precision)
             bench.record(f"{row}: fwd+bwd", step, work=tokens, floor=work)
             if bench.on_gpu:  # as the trainer runs it
-                replay = bench.graphed(step, wanted=True)
                 label = f"{row}: as a graph"
-                bench.record(label, replay, work=tokens, floor=work, gradient_bytes=None)
+                bench.record(
+                    label, step, work=tokens, floor=work, gradient_bytes=None, graph=True
+                )  # fmt: skip
     convolution(bench, causal, tokens, offsets_B1)
 
 
 def convolution(bench: Bench, model: ModelConfig, tokens: int, offsets_B1: Tensor) -> None:
     """The layer's convolution and SiLU in PyTorch, and on CUDA by the Triton kernel."""
     columns = model.expand * model.width + 2 * model.state
-    kind = PRECISIONS[bench.precision]
+    kind = DTYPES[bench.precision]
     x_TE = torch.randn(tokens, columns, device=bench.device, dtype=kind, requires_grad=True)
     weight_EK = torch.randn(columns, model.conv, device=bench.device, requires_grad=True)
     bias_E = torch.randn(columns, device=bench.device, requires_grad=True)
@@ -87,4 +89,4 @@ def floor(model: ModelConfig, tokens: int, reads: int | None, precision: str) ->
     scan = directions * 2 * E * N  # advance the state
     leaving = 2 * D * (E + N) + 2 * E * D + 16 * D * D + directions * 2 * E * N
     operations = 3.0 * (tokens * (entering + scan) + rows * leaving)
-    return Floor(2 * (tokens + rows) * D * PRECISIONS[precision].itemsize, operations, precision)
+    return Floor(2 * (tokens + rows) * D * DTYPES[precision].itemsize, operations, precision)

@@ -20,6 +20,7 @@ from modules.losses import (
     logsumexp_fused,
     logsumexp_reference,
 )
+from modules.products import fp32_products
 from tools.benchmarks.bench import Bench, UnavailableError
 from tools.benchmarks.measure import Floor
 
@@ -111,16 +112,17 @@ def _record(
     h_SD, _, c_CD, *_ = inputs
 
     def step() -> None:
-        with bench.autocast():
-            total = loss(*inputs)
-        torch.autograd.grad(total, (h_SD, c_CD))
+        with fp32_products(bench.precision):
+            with bench.autocast():
+                total = loss(*inputs)
+            torch.autograd.grad(total, (h_SD, c_CD))
 
     tokens, gradients = h_SD.shape[0], 4 * (h_SD.numel() + c_CD.numel())
     label = f"{name}: fwd+bwd" + (f", {kind}" if kind else "")
     bench.record(label, step, by=by, work=tokens, floor=work, gradient_bytes=gradients)
     if kind and bench.on_gpu:
-        replay = bench.graphed(step, wanted=True)
-        bench.record(f"{label} graph", replay, work=tokens, floor=work, gradient_bytes=None)
+        label = f"{label} graph"
+        bench.record(label, step, work=tokens, floor=work, gradient_bytes=None, graph=True)
 
 
 def _full_inputs(bench: Bench, tokens: int, rows: int) -> Inputs:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from modules.products import DTYPES, fp32_products
+
 MOST_REPEATS = 50
 FLUSH_BYTES = 256 * 2**20  # written before each timed call: what the last call left in L2 goes
 
@@ -146,7 +147,7 @@ def release(device: torch.device) -> None:
 
 def measure_ceilings(timer: Timer) -> Ceilings:
     """Copy bandwidth and matrix rates of the timer's device, on random data."""
-    rates = {name: _matrix_rate(timer, kind) for name, kind in PRECISIONS.items()}
+    rates = {name: _matrix_rate(timer, name) for name in DTYPES}
     ceilings = Ceilings(_copy_rate(timer), rates)
     release(timer.device)
     return ceilings
@@ -169,10 +170,11 @@ def _copy_rate(timer: Timer) -> float:
     return 2e3 * source.numel() * source.element_size() / milliseconds
 
 
-def _matrix_rate(timer: Timer, kind: torch.dtype) -> float:
+def _matrix_rate(timer: Timer, precision: str) -> float:
     """Operations per second of a large square product."""
     side = 512
     if timer.device.type == "cuda":
-        side = 8192 if kind == torch.bfloat16 else 4096
-    a, b = torch.randn(2, side, side, device=timer.device).to(kind)
-    return 2e3 * side**3 / timer(lambda: a @ b).median_ms
+        side = 4096 if precision == "fp32" else 8192
+    a, b = torch.randn(2, side, side, device=timer.device).to(DTYPES[precision])
+    with fp32_products(precision):
+        return 2e3 * side**3 / timer(lambda: a @ b).median_ms

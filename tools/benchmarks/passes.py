@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.encoder import Encoder
+from modules.products import fp32_products
 from tools.benchmarks.bench import Bench
 from trainer.config import ModelConfig
 
@@ -46,8 +47,9 @@ def encoder_pass(
     wanted = [x_TD, *parameters]
 
     def step() -> None:
-        with bench.autocast(precision):
-            h_SD = encoder(x_TD, offsets_B1, read_positions_S, read_positions_S is not None)
-        torch.autograd.grad(h_SD, wanted, dh_SD.to(h_SD.dtype), allow_unused=True)
+        with fp32_products(precision or bench.precision):
+            with bench.autocast(precision):
+                h_SD = encoder(x_TD, offsets_B1, read_positions_S, read_positions_S is not None)
+            torch.autograd.grad(h_SD, wanted, dh_SD.to(h_SD.dtype), allow_unused=True)
 
     return step

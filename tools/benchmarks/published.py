@@ -40,11 +40,12 @@ def run(bench: Bench) -> None:
     mixers: dict[str, Mixer] = {"plain": plain_mixer}
     if bench.mamba and bench.on_gpu:
         mixers["mamba-ssm"] = mamba_mixer
-    for precision in dict.fromkeys(["fp32", bench.precision]):
+    kinds = ["fp32", "tf32"] if bench.on_gpu else ["fp32"]
+    for precision in dict.fromkeys([*kinds, bench.precision]):
         name = f"{prefixes:,} prefixes, {precision}"
         with bench.case(name):
             step = encoder_pass(bench, encoder, tokens, offsets_B1, last_S, precision)
-            ours = bench.record(name, step, work=prefixes, unit="smp")
+            ours = bench.record(name, step, work=prefixes, unit="smp", graph=True)
             for by, mixer in mixers.items():
                 with bench.case(f"{name} [{by}]", peer=True):
                     peer = Published(encoder, mixer)
@@ -52,7 +53,9 @@ def run(bench: Bench) -> None:
                         bench, peer, tokens, offsets_B1, last_S, precision,
                         list(encoder.parameters()),
                     )  # fmt: skip
-                    row = bench.record(name, step, by=f"published, {by}", work=prefixes, unit="smp")
+                    row = bench.record(
+                        name, step, by=f"published, {by}", work=prefixes, unit="smp", graph=True
+                    )
                     bench.find(
                         f"{precision}: ours is {row.median_ms / ours.median_ms:.1f} times the "
                         f"published composition ({by}) in samples/s"

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modules.products import DTYPES, fp32_products
 from modules.ssd import ssd
 from tools.benchmarks.bench import Bench
 from tools.benchmarks.inputs import filling_lengths, offsets_of
 from tools.benchmarks.mamba import mamba_ssd
-from tools.benchmarks.measure import PRECISIONS, Floor
+from tools.benchmarks.measure import Floor
 
 Scan = Callable[..., Tensor]
 
@@ -53,7 +54,9 @@ def cases(bench: Bench, tokens: int) -> list[Case]:
     long = min(16_384, tokens // 4)
     shown += [Case(64, 128, kind)]
     shown += [Case(head, 64, kind, length) for length in (long, tokens) for head in (64, 16)]
-    return shown + ([Case(16, 64, "fp32")] if bench.on_gpu else [])
+    if bench.on_gpu:
+        shown += [Case(head, 64, kind) for kind in ("fp32", "tf32") for head in (64, 16)]
+    return list(dict.fromkeys(shown))
 
 
 def measure(bench: Bench, case: Case, tokens: int, channels: int, scan: Scan, by: str) -> None:
@@ -61,12 +64,13 @@ def measure(bench: Bench, case: Case, tokens: int, channels: int, scan: Scan, by
     dy_THP = torch.randn_like(inputs[0])
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), fp32_products(case.precision):
             scan(*inputs, offsets_B1)
 
     def both() -> None:
-        y_THP = scan(*inputs, offsets_B1)
-        torch.autograd.grad(y_THP, inputs, dy_THP)
+        with fp32_products(case.precision):
+            y_THP = scan(*inputs, offsets_B1)
+            torch.autograd.grad(y_THP, inputs, dy_THP)
 
     for name, call, backward in (("fwd", forward, False), ("fwd+bwd", both, True)):
         bench.record(
@@ -83,7 +87,7 @@ def random_inputs(
 ) -> tuple[list[Tensor], Tensor]:
     """([x, dt, A, B, C, D], offsets): x, B, C slices of one projection, as in the encoder."""
     generator = torch.Generator(device).manual_seed(1)
-    heads, kind = channels // case.head, PRECISIONS[case.precision]
+    heads, kind = channels // case.head, DTYPES[case.precision]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
@@ -108,7 +112,7 @@ def floor(tokens: int, channels: int, case: Case, backward: bool) -> Floor:
     [E, N], one to advance it and one to read it. Backward: x, B, C, dt and dy in, dx, dB, dC and
     ddt out, and twice the operations.
     """
-    number = PRECISIONS[case.precision].itemsize
+    number = DTYPES[case.precision].itemsize
     wide, narrow = tokens * channels * number, tokens * case.state * number
     steps = tokens * channels // case.head * 4
     moved = 2 * wide + 2 * narrow + steps

@@ -19,6 +19,7 @@ from data.batch import SequenceBatch
 from data.loader import TrainingSteps
 from data.reader import HistoryDataset
 from data.vocabulary import Vocabulary
+from modules.products import fp32_products
 from tools.benchmarks import loss as loss_suite
 from tools.benchmarks import table as table_suite
 from tools.benchmarks.bench import Bench
@@ -141,15 +142,17 @@ def _parts(
         torch.autograd.backward(recommender.table(batch.features), (dx_TD, dc_CD))
 
     def encode() -> tuple[torch.Tensor, ...]:
-        with bench.autocast():
-            out_SD = encoded()
-        return torch.autograd.grad(out_SD, [x_TD, *dense], dh_SD)
+        with fp32_products(bench.precision):
+            with bench.autocast():
+                out_SD = encoded()
+            return torch.autograd.grad(out_SD, [x_TD, *dense], dh_SD)
 
     def loss() -> None:
-        with bench.autocast():
-            inputs = h_SD, batch.targets_S, c_CD, candidates_C, batch.log_counts_C
-            total = recommender.loss(*inputs, recommender.histories(h_SD, batch))
-        torch.autograd.grad(total, (h_SD, c_CD))
+        inputs = h_SD, batch.targets_S, c_CD, candidates_C, batch.log_counts_C
+        with fp32_products(bench.precision):
+            with bench.autocast():
+                total = recommender.loss(*inputs, recommender.histories(h_SD, batch))
+            torch.autograd.grad(total, (h_SD, c_CD))
 
     def update() -> None:
         if most := stepper.config.clip_norm:
