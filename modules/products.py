@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["fp32", "tf32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "tf32": torch.float32,
