@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 
 from modules.catalogue import Catalogue, RepeatPairs
 from modules.encoder import Encoder
-from modules.products import DTYPES
 from modules.ssd import sequence_of_tokens
 
 # Tokens and users of a batch on a GPU are padded to one of 8 and 16 sizes an octave: cuBLAS takes a
@@ -39,7 +38,8 @@ class KernelScorer:
 
     model: a bundle's scripted scorer, whose row blocks become one, which both then use. While they
     do the device holds the table twice; afterwards once, and two bytes a number more.
-    config: of `modules.encoder.Encoder`, as the bundle's manifest has it. allowed_V: as in `top`.
+    config: of `modules.encoder.Encoder`, as the bundle's manifest has it. precision: bf16 | fp32.
+    allowed_V: as in `top`.
     rescored: users whom the catalogue could not prove, and whom `model.top` ranked again.
     """
 
@@ -51,11 +51,12 @@ class KernelScorer:
         precision: str,
         allowed_V: Tensor | None = None,
     ) -> None:
-        self.model, self.device, self.dtype = model, device, DTYPES[precision]
+        self.model, self.device, self.bf16 = model, device, precision == "bf16"
         if device.type == "cuda":
             # Triton launches on the current device.
             torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
-            # A sum that cuBLAS splits must not be added up in fp16: `Catalogue` counts on fp32.
+            # `Catalogue` counts on fp32, also for sums that cuBLAS splits.
+            torch.set_float32_matmul_precision("highest")
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self.pads = device.type == "cuda"
         self.encoder = Encoder(**config).to(device).eval()
@@ -71,7 +72,7 @@ class KernelScorer:
     def hidden(self, items_T: Tensor, offsets_B1: Tensor) -> Tensor:
         """The user vectors, fp32 [B, D]: the encoder's output at each last token."""
         items_T, offsets_B1 = self._here(items_T), self._here(offsets_B1)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             x_TD, last_B = self.catalogue.look_up(items_T), offsets_B1[1:] - 1
             return self.encoder(x_TD, offsets_B1, last_B, read_last=True)
 

@@ -30,7 +30,8 @@ _groups: dict[str, dist.ProcessGroup] = {}  # beside the default one
 def process_group(device: str) -> Iterator[World]:
     """Join the process group that torchrun described; one process alone without torchrun.
 
-    device: auto | cpu | cuda. LOCAL_RANK picks the GPU; NCCL serves CUDA, gloo the CPU.
+    device: auto | cpu | cuda. LOCAL_RANK picks the GPU; NCCL serves CUDA, gloo the CPU. Products of
+    fp32 numbers are exact from here on, whatever the environment asks of torch.
 
     What uses the group has to be out of scope when the block ends, so call a function there: the
     group's threads end with the last reference to it, and one that is still freeing a tensor when
@@ -40,6 +41,7 @@ def process_group(device: str) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     where = _device(device, local_rank, local_size)
+    torch.set_float32_matmul_precision("highest")
     backend = "nccl" if where.type == "cuda" else "gloo"
     if where.type == "cuda":
         torch.cuda.set_device(where)

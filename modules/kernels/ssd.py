@@ -286,9 +286,9 @@ def scan(
 
 @dataclass(frozen=True)
 class Sums:
-    """What the gradient of dt is made of: dt q, dt o, r in two parts, <h, g> (see `ssd_backward`).
+    """What the gradient of dt is made of: q, o, r in two parts, <h, g> (see `ssd_backward`).
 
-    For the last outputs alone dt o and the sums of what leaves the chunks before (see `ssd_last`).
+    For the last outputs alone o and the sums of what leaves the chunks before (see `ssd_last`).
     """
 
     qors_4HT: Tensor | None

@@ -9,21 +9,20 @@ Given dy, the state h at the chunk's start and the gradient g of the state at it
   dC_i = Σ_heads (Σ_j M_ij L_ij dt_j B_j + exp(c_i) dy_i hᵀ)      C and B are shared)
 
 A decay a_k touches every pair j < k ≤ i, be j or i inside the chunk or not. With the pair's weight
-`W_ij = S_ij L_ij M_ij dt_j`, `r_i = Σ_j W_ij + exp(c_i) C_i h dy_i` (what reaches i), `dt_j q_j =
-Σ_i W_ij` and `o_j = w_j B_j g x_j` (what leaves j for later chunks),
+`W_ij = S_ij L_ij M_ij dt_j`, `r_i = Σ_j W_ij + exp(c_i) C_i h dy_i` (what reaches i), `q_j =
+Σ_i W_ij` and `o_j = dt_j w_j B_j g x_j` (what leaves j for later chunks),
 
-  da_k = Σ_{i≥k} (r_i - dt_i q_i) + Σ_{j<k} dt_j o_j + exp(c_last) <h, g>
+  da_k = Σ_{i≥k} (r_i - q_i) + Σ_{j<k} o_j + exp(c_last) <h, g>
 
 Row and column sums come from the same fp32 W, so what should cancel does; the last term restarts
 the sum in every chunk, so no rounding error travels along a long sequence. (The usual shortcut
-`C·dC - B·dB`, summed from the sequence's end, does both.) Then `ddt_k = q_k + o_k + A da_k` and
-`dA = Σ dt_k da_k`: a second, small kernel for all heads at once, which gets q and o times dt. dA
-and dD leave as one partial sum a chunk. D stands on the diagonal of what dy is multiplied by, which
-in bf16 rounds it with the rest.
+`C·dC - B·dB`, summed from the sequence's end, does both.) Then `ddt_k = (q_k + o_k) / dt_k +
+A da_k` and `dA = Σ dt_k da_k`: a second, small kernel for all heads at once. dA and dD leave as one
+partial sum a chunk. D stands on the diagonal of what dy is multiplied by, and is rounded with it.
 
 Products are laid out [j, i] from the start: the tile that dx and dB multiply from the left is then
-the one that dCᵀ multiplies from the right, and no result of a product goes transposed
-into another, which Triton 3.6 miscompiles on Hopper (flash-linear-attention #640).
+the one that dCᵀ multiplies from the right, and no result of a product goes transposed into another,
+which Triton 3.6 miscompiles on Hopper (flash-linear-attention #640).
 
 Shape suffixes: Q tokens of the chunk, N state, P channels of a head, H heads.
 """
@@ -177,7 +176,7 @@ def decay_gradient_kernel(
     raw_stride: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
     RAW: tl.constexpr, LAST: tl.constexpr, MIRROR: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """ddt and a partial dA of one chunk from dt q, dt o, r and <h, g> (see the top of the file).
+    """ddt and a partial dA of one chunk from q, o, r and <h, g> (see the top of the file).
 
     RAW (see `decay_kernel`): the gradients of what was read there, and a partial dbias.
     LAST: there are no q and r (see `ssd_last`). ADD: the gradients are added to what is there.
@@ -220,10 +219,10 @@ def decay_gradient_kernel(
     da_QG = tl.cumsum(o_QG, 0) - o_QG
     if not LAST:
         da_QG = tl.cumsum(r_QG - q_QG, 0, reverse=True) + da_QG
-        o_QG += q_QG
+        o_QG += q_QG  # all that leaves a token
     da_QG += through_G[None, :]
     dA_G = tl.sum(dt_QG * da_QG, 0)
-    ddt_QG = tl.where(dt_QG > 0, o_QG / dt_QG, 0.0) + A_G[None, :] * da_QG
+    ddt_QG = o_QG / tl.where(dt_QG > 0, dt_QG, 1.0) + A_G[None, :] * da_QG
     if RAW:
         row_QG = t_Q[:, None] * (STEP * raw_stride) + head_G[None, :]
         raw_ptrs = raw_ptr + first * raw_stride + row_QG

@@ -13,8 +13,8 @@ leaves a partial sum; a second kernel adds each sequence's. ℓ is summed from r
 rounding is small where the weights are not: c of the chunk's end less c_j, plus what `carry_kernel`
 found for the chunks behind. No sum has an order of chance.
 
-Of the sums in `ssd_backward` only `o_j = s_j exp(ℓ_j) (x_j·dy)` is left, which is at once all that
-dt_j itself meets: `da_k = Σ_{j<k} dt_j o_j` over the whole sequence and `ddt_k = o_k + A da_k`.
+Of the sums in `ssd_backward` only `o_j = dt_j s_j exp(ℓ_j) (x_j·dy)` is left, which is at once all
+that leaves j: `da_k = Σ_{j<k} o_j` over the whole sequence and `ddt_k = o_k / dt_k + A da_k`.
 
 Shape suffixes: Q tokens of a chunk, H heads (G of them at once) of P channels, W = G P columns,
 N state, B sequences, Z chunks, E = H P, I chunks at once.
@@ -165,7 +165,7 @@ def last_gradient_kernel(
     stride: tl.constexpr, dstride: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, MIRROR: tl.constexpr,
 ):  # fmt: skip
-    """dx, dB, dC = 0 and dt o of a chunk, their sum, a partial dC, dD where it is the last one."""
+    """dx, dB, dC = 0 and o of a chunk, Σ_j o_j, a partial dC, dD where it is the last one."""
     piece = tl.program_id(0)
     sequence, index, count, _ = piece_row(table_ptr, piece, chunks)
     n_N, g_G, w_W, q_Q = (

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from modules.fused import whole_rows
 from modules.products import DTYPES, fp32_products
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)\s*(.*?);")
@@ -138,16 +139,23 @@ def launch_ssd_of(dtype, P, N, H, tokens, sequences):
     ssd.ssd_backward_op._init_fn(x, None, state, x, dt, A, B, B, A, offsets)
 
     E, M = H * P, H * P + 2 * N
-    proj, y, convolved = (torch.empty(tokens, F, dtype=dtype) for F in (E + M + H, E, M))
+    y, convolved = (torch.empty(tokens, columns, dtype=dtype) for columns in (E, M))
+
+    def projected(columns):  # as by `project_into_rows`
+        return torch.empty(tokens, whole_rows(columns, dtype, 64), dtype=dtype)[:, :columns]
+
     position = torch.zeros(tokens, dtype=torch.int64)
     conv = (torch.empty(M, 4), torch.empty(M))
     last = torch.empty(sequences, E, dtype=dtype)
     for mirror, options in [(None, (0.0, False, 1e-5)), (position, (0.1, False, 1e-5))]:
-        inputs = (proj, *conv, A, A, A, torch.empty(E), offsets, position, mirror, *options)
+        norm = torch.empty(E)
+        inputs = (
+            projected(E + M + H), *conv, A, A, A, norm, offsets, position, mirror, *options
+        )  # fmt: skip
         mixer.mixer_core_op._init_fn(*inputs)
         kept = [convolved, y, state] * (1 if mirror is None else 2)
         mixer.mixer_core_backward_op._init_fn(y, kept, *inputs)
-        inputs = (proj[:, E:].contiguous(), *conv, A, A, A, offsets, position, mirror, E)
+        inputs = (projected(M + H), *conv, A, A, A, offsets, position, mirror, E)
         mixer.mixer_last_op._init_fn(*inputs)
         dr = None if mirror is None else last
         mixer.mixer_last_backward_op._init_fn(last, dr, convolved, convolved, *inputs)

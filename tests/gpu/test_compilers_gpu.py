@@ -60,8 +60,9 @@ def folder(tmp_path_factory):
         ["experiment=ml1m_paper"],
         ["experiment=ml1m_causal", "loss=sampled", "loss.in_batch=true"],
         ["data.batch_tokens=4097", "loss=sampled", "trainer.precision=fp32"],
+        ["data.batch_tokens=4097", "trainer.precision=tf32"],
     ],
-    ids=["causal", "paper", "sampled", "odd"],
+    ids=["causal", "paper", "sampled", "odd", "tf32"],
 )
 def test_the_first_step_finds_every_kernel(folder, tmp_path, monkeypatch, options):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))

@@ -91,6 +91,7 @@ def test_encoder_values_and_gradients(kind, restore_order, read, precision):
         )  # fmt: skip
     names = ["out", "x", *[name for name, _ in encoder.named_parameters()]]
     errors = {n: relative(a.cpu(), b) for n, a, b in zip(names, got, expected, strict=True)}
+    assert precision == "fp32" or max(errors.values()) > 1e-4  # products are rounded
     limit = 5e-5 if precision == "fp32" else 5e-2
     assert all(error < limit for error in errors.values()), errors
 

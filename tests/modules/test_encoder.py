@@ -119,9 +119,9 @@ def test_read_out_computes_only_the_rows_it_needs(kind, monkeypatch):
     last.mixer.out_proj.register_forward_hook(lambda _, __, out: rows.append(len(out)))
     last.feed_forward.register_forward_hook(lambda _, __, out: rows.append(len(out[0])))
 
-    def recorded(x_TD, weight):
+    def recorded(x_TD, weight, **options):
         projected.append((len(x_TD), len(weight)))
-        return project_residual(x_TD, weight)
+        return project_residual(x_TD, weight, **options)
 
     monkeypatch.setattr("modules.encoder.project_residual", recorded)
     x, offsets = torch.randn(sum(LENGTHS), WIDTH, dtype=torch.float64), offsets_of(LENGTHS)

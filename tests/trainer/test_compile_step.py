@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from data.schema import RESERVED_ROWS
+from modules.products import fp32_products
 from tests.conftest import ROOT
 from tests.data.datasets import random_histories, write_dataset
 from tests.trainer.test_config import composed
@@ -27,6 +28,8 @@ ITEMS = 300
 
 def resolved(*options: str) -> Config:
     config = composed("data.batch_tokens=40", "data.max_sequences=6", *options)
+    if config.trainer.precision != "auto":
+        return config
     return replace(config, trainer=replace(config.trainer, precision="bf16"))
 
 
@@ -69,8 +72,9 @@ def kernels_of_run(config: Config, folder: Path) -> set[str]:
     rows = [one.detach().requires_grad_() for one in looked_up.split(counts)]
 
     def step() -> object:
-        loss = model.loss_of_rows(*rows, batch.candidates_C, batch)
-        return torch.autograd.grad(loss, [*rows, *model.encoder.parameters()])
+        with fp32_products(config.trainer.precision):  # as the stepper: test_precision.py
+            loss = model.loss_of_rows(*rows, batch.candidates_C, batch)
+            return torch.autograd.grad(loss, [*rows, *model.encoder.parameters()])
 
     return launched(step)
 
@@ -120,6 +124,7 @@ def folder(tmp_path_factory):
     [
         [*SMALL, "data.batch_tokens=2048", "data.max_sequences=99"],
         [*SMALL, "data.batch_tokens=777", "model.dropout=0", "model.norm_embedding=false"],
+        [*SMALL, "data.batch_tokens=777", "trainer.precision=tf32"],
         # An odd number of tokens: the candidates' ids behind them are not aligned.
         [*SMALL, "data.batch_tokens=2049", "loss=sampled", "loss.negatives=33"],
         [*SMALL, "loss=sampled", "loss.in_batch=true", "data.batch_tokens=4100"],

@@ -62,11 +62,12 @@ def run(bench: Bench) -> None:
         many = write_data_set(place / "many", users, items, seed=1, group_users=group_users)
         few = write_first_groups(many, place / "few", groups)
         bundle = write_bundle(place / "bundle", many, model, items)
-        for kernels, data in ((TORCHSCRIPT, few), (bench.precision, many)):
+        precision = "bf16" if bench.precision == "bf16" else "fp32"  # scores know no tf32
+        for kernels, data in ((TORCHSCRIPT, few), (precision, many)):
             with bench.case(kernels):
                 _whole(bench, bundle, data, place / kernels, kernels, model, items)
         with bench.case("stages"):
-            _stages(bench, bundle, many, place, model, items)
+            _stages(bench, bundle, many, place, precision, model, items)
 
 
 def write_bundle(folder: Path, data: Path, model: ModelConfig, items: int) -> Path:
@@ -118,8 +119,9 @@ def _whole(
     assert summary is not None
     users, before = summary["users_scored"], summary["seconds_to_start"]
     milliseconds = 1e3 * (summary["seconds"] - before)
-    floor = encode_floor(model, users, summary["events"], bench.precision)
-    floor = _sum(floor, top_floor(model, users, items, bench.precision))
+    precision = "fp32" if kernels == TORCHSCRIPT else kernels
+    floor = encode_floor(model, users, summary["events"], precision)
+    floor = _sum(floor, top_floor(model, users, items, precision))
     name = f"Parquet to Parquet, kernels={kernels}"
     bench.keep(name, Times.of([milliseconds]), work=users, unit="user", floor=floor)
     waited = describe_waits(summary["seconds_waiting"])
@@ -129,7 +131,13 @@ def _whole(
 
 
 def _stages(
-    bench: Bench, bundle_path: Path, data: Path, place: Path, model: ModelConfig, items: int
+    bench: Bench,
+    bundle_path: Path,
+    data: Path,
+    place: Path,
+    precision: str,
+    model: ModelConfig,
+    items: int,
 ) -> None:
     dataset = HistoryDataset(data)
     units = units_of(dataset, None)[:UNITS]
@@ -140,9 +148,9 @@ def _stages(
     bench.keep("read and cut batches, one core", Times.of([read]), work=users, unit="user")
     bundle = Bundle.open(bundle_path, bench.device, hashes=False)
     config = bundle.manifest.model
-    scorer = KernelScorer(bundle.model, config, bench.device, bench.precision)
+    scorer = KernelScorer(bundle.model, config, bench.device, precision)
     batch = work[0]
-    each += _device_stages(bench, scorer, batch, model, items)
+    each += _device_stages(bench, scorer, batch, precision, model, items)
 
     def launch(one: Batch) -> Callable[[], Answer]:
         return scorer.launch(one.items_T, one.offsets_B1, K, True)
@@ -166,7 +174,12 @@ def _stages(
 
 
 def _device_stages(
-    bench: Bench, scorer: KernelScorer, batch: Batch, model: ModelConfig, items: int
+    bench: Bench,
+    scorer: KernelScorer,
+    batch: Batch,
+    precision: str,
+    model: ModelConfig,
+    items: int,
 ) -> list[float]:
     """Encoding and ranking one batch on the device; microseconds a user of each."""
     users, tokens = len(batch), len(batch.items_T)
@@ -178,14 +191,14 @@ def _device_stages(
         lambda: scorer.hidden(items_T, offsets_B1),
         work=users,
         unit="user",
-        floor=encode_floor(model, users, tokens, bench.precision),
+        floor=encode_floor(model, users, tokens, precision),
     )
     rank = bench.record(
         f"top {K} of {items:,} items",
         lambda: scorer.catalogue.top(h_BD, K, items_N, users_N),
         work=users,
         unit="user",
-        floor=top_floor(model, users, items, bench.precision),
+        floor=top_floor(model, users, items, precision),
     )
     return [1e3 * row.median_ms / users for row in (encode, rank)]
 
