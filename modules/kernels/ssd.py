@@ -86,35 +86,28 @@ def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
 def _fp32_launch(P: int, N: int) -> Launch:
     """Tiles are twice as large as in bf16: shorter chunks keep them on the chip.
 
-    What does not fit into registers is spilled, at up to 30 times the time: three products for one
-    need more warps.
+    What does not fit into registers is spilled, at up to 30 times the time. Three products for one
+    need more of them, so more warps or a chunk of 16. The chunk, and with it the shape of the
+    states, is the same for both kinds of product.
     """
-    precision = triton_precision()
-    if precision == "tf32":
-        return Launch(
-            chunk=32,
-            segment_chunks=32,
-            tile=64,
-            walk_warps=2,
-            walk_stages=2,
-            output_warps=2 if P <= 64 else 4,
-            output_stages=3 if P <= 64 else 2,
-            gradient_warps=2 if P <= 32 and N <= 64 else 4 if P <= 64 else 8,
-            gradient_stages=1,
-            precision=precision,
-        )
     narrow = P <= 64 and N <= 64
+    exact = triton_precision() == "tf32x3"
+    if exact:
+        gradient_warps = 8 if not narrow else 4 if P > 16 else 2
+    else:
+        gradient_warps = 8 if P == 128 else 4 if P == 64 or N == 128 else 2
+    chunk = 16 if P == 128 and N <= 32 else 32
     return Launch(
-        chunk=32,
-        segment_chunks=32,
+        chunk=chunk,
+        segment_chunks=1024 // chunk,
         tile=64,
-        walk_warps=4,
-        walk_stages=1 if N <= 64 else 2,
-        output_warps=2 if narrow else 4,
-        output_stages=3 if narrow and P <= 32 else 2,
-        gradient_warps=8 if not narrow else 4 if P > 16 else 2,
-        gradient_stages=2 if narrow and P <= 16 else 1,
-        precision=precision,
+        walk_warps=4 if exact else 2,
+        walk_stages=1 if exact and N <= 64 else 2,
+        output_warps=2 if P <= 64 and (narrow or not exact) else 4,
+        output_stages=3 if P <= 32 and (narrow or not exact) else 2,
+        gradient_warps=gradient_warps,
+        gradient_stages=2 if exact and narrow and P <= 32 else 1,
+        precision=triton_precision(),
     )
 
 

@@ -79,6 +79,7 @@ def measure(bench: Bench, case: Case, tokens: int, channels: int, scan: Scan, by
             by=by,
             work=tokens,
             floor=floor(tokens, channels, case, backward),
+            graph=True,
         )
 
 
