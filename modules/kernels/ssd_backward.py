@@ -130,9 +130,10 @@ def gradient_kernel(
         dx_QP = tl.dot(SL_JI.to(dy_QP.dtype), dy_QP, dx_QP, input_precision=PRECISION)
         dx_base = dx_ptr + first * dx_stride + head * P
         tl.store(dx_base + dx_QP_offset, dx_QP.to(dx_ptr.dtype.element_ty), mask=here_Q[:, None])
-        if PRECISION == "ieee":  # bf16: x goes from shared memory into the product
-            dB_QN += tl.dot(x_QP, tl.trans(g_NP)) * weight_Q[:, None]
-        else:  # from registers, and one tile less of them
+        if PRECISION == "ieee" or P <= 16:  # bf16: x goes from shared memory into the product
+            xg_QN = tl.dot(x_QP, tl.trans(g_NP), input_precision=PRECISION)
+            dB_QN += xg_QN * weight_Q[:, None]
+        else:  # from registers, where one tile less is worth more
             weighted_QP = x_QP * weight_Q[:, None]
             dB_QN = tl.dot(weighted_QP, tl.trans(g_NP), dB_QN, input_precision=PRECISION)
 
