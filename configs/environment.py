@@ -31,8 +31,16 @@ def check_versions() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    # fbgemm's own check at import knows no release of its last year, and says so on every import.
-    logging.getLogger().addFilter(lambda one: "_fbgemm_torch_compat_table" not in str(one.msg))
+    quiet_fbgemm()
+
+
+def quiet_fbgemm() -> None:
+    """Before its import: its own check knows no release of its last year, and says so each time."""
+    logging.getLogger().addFilter(_not_of_fbgemms_table)
+
+
+def _not_of_fbgemms_table(record: logging.LogRecord) -> bool:
+    return "_fbgemm_torch_compat_table" not in str(record.msg)
 
 
 def require_matching(found: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 import torch.distributed.optim
 
+from configs.environment import quiet_fbgemm
 from data.errors import InputError
 from trainer.config import MAX_STALL_SECONDS
 from trainer.world import World
@@ -139,6 +140,7 @@ def seed_step(seed: int, step: int, world: World) -> None:
 
 def quiet_libraries() -> None:
     """Silence what libraries say of their own code, which neither we nor a user can change."""
+    quiet_fbgemm()
     for name in ("torch.fx._symbolic_trace", "tensorboard"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in (r"torchrec\..*", r"torch\.distributed\.checkpoint\..*"):

@@ -1,14 +1,16 @@
 """Versions that do not belong together end in one sentence that names both and the fix."""
 
+import logging
 import subprocess
 import sys
 
 import pytest
 
-from configs.environment import require_matching, versions
+from configs.environment import _not_of_fbgemms_table, require_matching, versions
 from data.errors import InputError
 from tests.conftest import ROOT
 from tools import check_env
+from trainer.distributed import quiet_libraries
 
 GOOD = {"torch": "2.13.0+cpu", "fbgemm-gpu-cpu": "1.8.0", "torchrec": "1.8.0"}
 
@@ -34,6 +36,15 @@ def test_a_mismatch_is_one_sentence(changes, message):
         require_matching(found)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_fbgemms_word_on_its_own_version_is_dropped_and_no_other(caplog):
+    quiet_libraries()
+    quiet_libraries()
+    logging.warning("_fbgemm_torch_compat_table has no entry for 1.6.0 of FBGEMM")
+    logging.warning("something else")
+    assert [one.message for one in caplog.records] == ["something else"]
+    assert logging.getLogger().filters.count(_not_of_fbgemms_table) == 1
 
 
 def test_this_environment_is_known():
