@@ -56,8 +56,8 @@ def test_table_floor_counts_distinct_rows() -> None:
 def test_crossings_are_interpolated() -> None:
     assert attention.crossings([10, 1000], [0.5, 2.0]) == [pytest.approx(100.0)]
     assert attention.crossings([10, 100, 1000], [2.0, 3.0, 1.5]) == []
-    assert "level at history length 100" in attention.describe([100.0], [0.5, 2.0])
-    assert "behind" in attention.describe([], [0.5, 0.9])
+    assert "level at length 100" in attention.describe([100.0], [0.5, 2.0], "length")
+    assert "behind attention at every mean" in attention.describe([], [0.5, 0.9], "mean length")
 
 
 def small_model(kind: Literal["causal", "bidirectional"]) -> ModelConfig:

@@ -72,8 +72,8 @@ def compare(bench: Bench, batches: dict[int, np.ndarray], called: str, forms: li
             mine = milliseconds.pop("ours")
             ratios[number] = min(milliseconds.values()) / mine
             bench.find(f"{called} {number:,}: ours is {ratios[number]:.2f} times")
-    level = describe(crossings(list(ratios), list(ratios.values())), list(ratios.values()))
-    bench.find(f"{level} ({called})")
+    crossed = crossings(list(ratios), list(ratios.values()))
+    bench.find(describe(crossed, list(ratios.values()), called))
 
 
 def require_equal(bench: Bench) -> None:
@@ -102,14 +102,14 @@ def crossings(lengths: list[int], ratios: list[float]) -> list[float]:
     return found
 
 
-def describe(crossed: list[float], ratios: list[float]) -> str:
+def describe(crossed: list[float], ratios: list[float], called: str) -> str:
     if crossed:
         places = ", ".join(f"{one:,.0f}" for one in crossed)
-        return f"ours and attention are level at history length {places}"
+        return f"ours and attention are level at {called} {places}"
     if not ratios:
         return "nothing was measured"
     where = "ahead of" if ratios[0] >= 1 else "behind"
-    return f"ours is {where} attention at every length measured"
+    return f"ours is {where} attention at every {called} measured"
 
 
 def over_rows(length: int) -> Attend:
