@@ -89,7 +89,7 @@ class Mamba2Mixer(nn.Module):
         exist at those rows only. read_last: see `Encoder.forward`.
         """
         if read_S is None:
-            proj_TF, u_TD = project_residual(u_TD, self.in_proj.weight, in_place=True)
+            proj_TF, u_TD = project_residual(u_TD, self.in_proj.weight, aligned=True)
             return self.out_proj(self.core(proj_TF, offsets_B1, position_T)), u_TD
         proj_TG, u_GSD = project_and_read(
             u_TD, self.in_proj.weight[self.inner :], read_S.unsqueeze(0)
@@ -224,7 +224,7 @@ class Mamba2Mixer(nn.Module):
         out_proj(N(y, z) + beta N(r, z[reversed])), N the gated norm, r the scan of xBC[reversed].
         """
         if read_S is None:
-            proj_TF, u_TD = project_residual(u_TD, self.in_proj.weight, in_place=True)
+            proj_TF, u_TD = project_residual(u_TD, self.in_proj.weight, aligned=True)
             core_TE = self.core(proj_TF, offsets_B1, position_T, reversed_T, beta, restore_order)
             return self.out_proj(core_TE), u_TD
         read_GS = read_S.unsqueeze(0)

@@ -40,6 +40,7 @@ class KernelScorer:
     do the device holds the table twice; afterwards once, and two bytes a number more.
     config: of `modules.encoder.Encoder`, as the bundle's manifest has it. precision: bf16 | fp32.
     allowed_V: as in `top`.
+    On CUDA torch's switches for exact sums of fp32 numbers are set, for the whole process.
     rescored: users whom the catalogue could not prove, and whom `model.top` ranked again.
     """
 

@@ -2,7 +2,7 @@
 
 fp32: fp32 numbers and products exact to fp32. tf32: fp32 numbers, whose products round their
 factors to 10 bits of mantissa, for tensor cores. bf16: numbers and products of the encoder and the
-loss. Where there is no tf32, as on a CPU, it is fp32.
+loss. Where the device has no tf32, tf32 is fp32.
 """
 
 from collections.abc import Iterator

@@ -53,7 +53,7 @@ class Launch:
     gradient_warps: int
     gradient_stages: int
     one_pass: bool = False  # forward: see `ssd_scan`
-    precision: str = "ieee"  # of fp32 products; bf16 products ignore it
+    precision: str = "ieee"  # of fp32 products: tf32x3 | tf32; ieee where numbers are bf16
 
 
 def choose_launch(P: int, N: int, dtype: torch.dtype) -> Launch:
@@ -472,8 +472,7 @@ def ssd_triton(
     Args:
         x_THP: bf16 or fp32, P in {16, 32, 64, 128}; the heads of a token adjacent in memory, any
             stride between tokens (a slice of a wider tensor is read in place).
-        dt_TH: fp32, positive (softplus already applied). Where it is 0 its gradient is only what
-            comes through the decays.
+        dt_TH: fp32, positive (softplus already applied).
         A_H, D_H: fp32, A negative.
         B_TN, C_TN: dtype of x, N in {16, 32, 64, 128}, one group shared by all heads.
         offsets_B1: int64, `[0, …]`, sequence b is `[offsets_b, offsets_{b+1})`; unused sequences

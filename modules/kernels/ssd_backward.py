@@ -226,7 +226,7 @@ def decay_gradient_kernel(
         o_QG += q_QG  # all that leaves a token
     da_QG += through_G[None, :]
     dA_G = tl.sum(dt_QG * da_QG, 0)
-    ddt_QG = o_QG / tl.where(dt_QG > 0, dt_QG, 1.0) + A_G[None, :] * da_QG
+    ddt_QG = o_QG / tl.where(mask_QG, dt_QG, 1.0) + A_G[None, :] * da_QG
     if RAW:
         row_QG = t_Q[:, None] * (STEP * raw_stride) + head_G[None, :]
         raw_ptrs = raw_ptr + first * raw_stride + row_QG

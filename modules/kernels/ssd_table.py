@@ -20,6 +20,8 @@ Shape suffixes: B sequences, Z pieces (chunks or segments).
 import triton
 import triton.language as tl
 
+LEAST_DT = tl.constexpr(1e-30)
+
 
 @triton.jit
 def piece_row(table_ptr, piece, pieces):
@@ -126,6 +128,7 @@ def decay_kernel(
     """`c_i = log2(e) Σ_{k≤i} dt_k A` inside the chunk, for HEADS heads: exp2(c_i - c_j) decays.
 
     c and a copy of dt leave as [H, T]: the later kernels read the tokens of one head at a time.
+    A dt of 0 leaves as LEAST_DT, which adds next to nothing to any sum but can be divided by.
     RAW: dt is softplus(what is read + bias) and A is -exp(what is read).
     """
     sequence, index, _, _ = piece_row(table_ptr, tl.program_id(0), chunks)
@@ -146,6 +149,7 @@ def decay_kernel(
         bias_G = tl.load(bias_ptr + head_G, mask=head_G < H, other=0.0)
         dt_QG = softplus(dt_QG + bias_G[None, :])
     decay_QG = dt_QG * (A_G * 1.4426950408889634)[None, :]
+    dt_QG = tl.where(dt_QG == 0.0, LEAST_DT, dt_QG)
     offset_QG = head_G.to(tl.int64)[None, :] * tokens + start + q_Q[:, None]
     tl.store(dt_out_ptr + offset_QG, dt_QG, mask=mask_QG)
     tl.store(c_ptr + offset_QG, tl.cumsum(decay_QG, 0), mask=mask_QG)

@@ -141,7 +141,7 @@ def launch_ssd_of(dtype, P, N, H, tokens, sequences):
     E, M = H * P, H * P + 2 * N
     y, convolved = (torch.empty(tokens, columns, dtype=dtype) for columns in (E, M))
 
-    def projected(columns):  # as by `project_into_rows`
+    def projected(columns):  # as by `project_aligned`
         return torch.empty(tokens, whole_rows(columns, dtype, 64), dtype=dtype)[:, :columns]
 
     position = torch.zeros(tokens, dtype=torch.int64)

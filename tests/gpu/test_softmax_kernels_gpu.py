@@ -7,6 +7,7 @@ import torch
 
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules.losses import FullSoftmax, SampledSoftmax, logsumexp_fused, logsumexp_reference
+from modules.products import fp32_products
 from tests.modules.test_softmax_kernels import answers, errors_of, problem, relative
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +45,14 @@ def test_values_and_gradients(D, N, C, hits, places, dtype):
 @pytest.mark.parametrize("D", [4, 100, 128, 260, 512])
 def test_widths(D, dtype):
     assert_right(problem(700, 1001, D, True, True, True, "cuda", dtype))
+
+
+def test_tf32_rounds_products():
+    p = problem(1500, 3425, 256, False, True, True, "cuda", torch.float32)
+    with fp32_products("tf32"):
+        errors = errors_of(p)
+    assert errors["dh"] > 1e-5
+    assert all(error < 1e-2 for error in errors.values()), errors
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

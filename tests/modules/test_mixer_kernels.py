@@ -39,7 +39,7 @@ def make_case(lengths, tokens, width, state, head, taps, dtype=torch.float32, de
             parameter.add_(torch.randn_like(parameter))
     columns = mixer.in_proj.out_features
     proj = torch.randn(tokens, columns).to(device, dtype)
-    if taps == 4:  # rows in wider ones, as of `project_into_rows`
+    if taps == 4:  # rows in wider ones, as of `project_aligned`
         proj = torch.nn.functional.pad(proj, (0, 3))[:, :columns]
     dout = torch.randn(tokens, mixer.inner).to(device, dtype)
     offsets = torch.tensor([0, *lengths, 0], device=device).cumsum(0)  # the last is unused

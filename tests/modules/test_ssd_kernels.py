@@ -21,6 +21,7 @@ CASES = {
     "odd heads": ([5, 40, 20], 70, 3, 16, 32, 32, 2, 64),
     "wide head": ([40, 9], 49, 1, 64, 16, 32, 1, 32),
     "nothing but padding": ([0, 0], 20, 2, 16, 16, 16, 2, 64),
+    "steps of 0": ([40, 9], 49, 2, 32, 16, 32, 1, 32),
     "fast decays": ([70, 5, 64], 150, 2, 16, 16, 64, 2, 64),  # by 2^-300 and more in a chunk
 }
 FAST = 16
@@ -63,10 +64,13 @@ def errors_of(name, final_states, one_pass):
     from modules.kernels import ssd
 
     lengths, T, H, P, N, chunk, segment_chunks, tile = CASES[name]
-    launch = ssd.Launch(chunk, segment_chunks, tile, 1, 1, 1, 1, 1, 1, one_pass)
+    precision = "ieee" if one_pass else "tf32x3"  # which also choose between forms of dB
+    launch = ssd.Launch(chunk, segment_chunks, tile, 1, 1, 1, 1, 1, 1, one_pass, precision)
     ssd.choose_launch = lambda *_: launch
     rate = FAST if name == "fast decays" else 1.0
     inputs, offsets, dy, dfinal = make_inputs(lengths, T, H, P, N, rate=rate)
+    if name == "steps of 0":
+        inputs[1][::3] = 0.0
     ours = [t.detach().requires_grad_() for t in inputs]
     exact = [t.double().requires_grad_() for t in inputs]
     y, final, _ = ssd.ssd_op(*ours, offsets, final_states)

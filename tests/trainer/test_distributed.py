@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data.errors import InputError
+from modules.products import fp32_products
 from trainer.distributed import process_group
 
 
@@ -27,6 +28,13 @@ def test_what_a_failed_call_held_is_gone_before_the_group_ends():
         fail()
     assert held[0]() is None
     assert caught.tb is not None
+
+
+def test_products_are_exact_whatever_the_environment_asked_for():
+    # The outer switch is how TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 leaves torch.
+    with fp32_products("tf32"), process_group("cpu"):
+        found = torch.get_float32_matmul_precision()
+    assert found == "highest"
 
 
 def test_more_ranks_than_cards(monkeypatch):
