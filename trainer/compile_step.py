@@ -54,10 +54,31 @@ def cut_tokens(tokens: int, width: int) -> int:
     return tokens if tokens <= most else most + (tokens - most) % CUT
 
 
+def cut_rows(table_rows: int, world: World) -> int:
+    return min(table_rows, MOST_ROWS * world.size)
+
+
+def kept_share(config: Config, table_rows: int, world: World) -> float:
+    """With which KEPT_SHARE a softmax here keeps its exponentials where the run's does.
+
+    The run's are as many times larger as what is cut off here: tokens, unless prefixes are read at
+    one each, rows of a full softmax, and its other ranks' tokens.
+    """
+    from modules.kernels.softmax import KEPT_SHARE
+
+    share = KEPT_SHARE
+    if OBJECTIVES[config.data.samples] != "prefix":
+        tokens = config.data.tokens_a_batch
+        share *= cut_tokens(tokens, config.model.width) / tokens
+    if config.loss.kind == "full":
+        share *= cut_rows(table_rows, world) / table_rows / world.size
+    return share
+
+
 def step_of(config: Config, table_rows: int, world: World) -> Callable[[], object]:
     """Forward and backward of a step behind the lookups, on made-up ids of a resolved config."""
     tokens = cut_tokens(config.data.tokens_a_batch, config.model.width)
-    rows = min(table_rows, MOST_ROWS * world.size)
+    rows = cut_rows(table_rows, world)
     model = BehindTable(*encoder_and_loss(config, world))
     counts_V = np.ones(rows, dtype=np.int64)
     counts_V[:RESERVED_ROWS] = 0
@@ -96,14 +117,17 @@ def compile_share(config: Config, number: int, of: int, threads: int) -> None:
 
     Raises whatever the run itself will raise for this config.
     """
-    from modules.kernels.compile import Share, compile_ahead  # Triton comes with a GPU
+    from modules.kernels import softmax  # Triton comes with a GPU
+    from modules.kernels.compile import Share, compile_ahead
 
     # The run itself has a place there too, already.
     torch.cuda.set_per_process_memory_fraction(1 / (of + 1))
     size = int(os.environ.get("WORLD_SIZE", 1))
     world = World(0, size, 0, 1, torch.device("cuda", 0))
     dataset = HistoryDataset(Path(config.data.path))
-    step = step_of(resolve(config, world, dataset), dataset.table_rows, world)
+    config = resolve(config, world, dataset)
+    softmax.KEPT_SHARE = kept_share(config, dataset.table_rows, world)
+    step = step_of(config, dataset.table_rows, world)
     compile_ahead(step, Share(number, of), threads)
 
 

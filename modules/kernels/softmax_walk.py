@@ -1,7 +1,8 @@
 """The kernels of `softmax`: a program holds a tile of positions and walks over candidate tiles.
 
-The logits of a pair of tiles are one product over the whole width, held in registers. The forward
-carries their running maximum and sum, as exponentials of 2; the backward writes weights.
+The logits of a pair of tiles are one product over the whole width, held in registers. A walk either
+carries their running maximum and sum, as exponentials of 2, or writes exponentials against a base
+that is known before.
 
 A candidate is a repeat where the position's sequence held it by then: where `first`, the token at
 which a sequence first holds a candidate, is not behind the position's token.
@@ -13,6 +14,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(60.0)  # of a base, in nats: exponentials beyond it are made again
+HIGHEST = tl.constexpr(100.0)  # exponent of 2: as many sums as there are candidates stay finite
+LEAST_SHARE = tl.constexpr(2.0**-24)
 
 
 @triton.jit
@@ -82,6 +86,51 @@ def finite(x):
     return tl.where(x == float("-inf"), 0.0, x)
 
 
+@triton.jit
+def walk_logsumexp(
+    h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, first_ptr_R, token_R, score_R,
+    begin, end, candidates, D: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
+    HITS: tl.constexpr, REPEATS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[R], log2 of the sum of the exponentials of the tiles from `begin` to `end`."""
+    high_R = tl.full([n_R.shape[0]], float("-inf"), tl.float32)
+    sum_R = tl.zeros([n_R.shape[0]], tl.float32)
+    for first in range(begin, end, K):
+        logit_RK, _ = scaled_logits(
+            h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, first_ptr_R, token_R,
+            score_R, first + tl.arange(0, K), candidates, D, COLUMNS, HITS, REPEATS, PRECISION,
+        )  # fmt: skip
+        higher_R = tl.maximum(high_R, tl.max(logit_RK, 1))
+        base_R = finite(higher_R)
+        sum_R = sum_R * tl.exp2(high_R - base_R) + tl.sum(tl.exp2(logit_RK - base_R[:, None]), 1)
+        high_R = higher_R
+    return high_R + tl.log2(sum_R)
+
+
+@triton.jit
+def walk_exponentials(
+    h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, first_ptr_R, token_R, score_R,
+    base_R, begin, end, candidates, exp_ptr_R, write_R, D: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, HITS: tl.constexpr, REPEATS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes exp(logit - base) of whole tiles; [R], their sum and the sum over repeats."""
+    sum_R = tl.zeros([n_R.shape[0]], tl.float32)
+    repeat_sum_R = tl.zeros([n_R.shape[0]], tl.float32)
+    for first in range(begin, end, K):
+        c_K = first + tl.arange(0, K)
+        logit_RK, repeat_RK = scaled_logits(
+            h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, first_ptr_R, token_R,
+            score_R, c_K, candidates, D, COLUMNS, HITS, REPEATS, PRECISION,
+        )  # fmt: skip
+        exp_RK = tl.exp2(tl.minimum(logit_RK - base_R[:, None], HIGHEST))
+        sum_R += tl.sum(exp_RK, 1)
+        if REPEATS:
+            repeat_sum_R += tl.sum(tl.where(repeat_RK, exp_RK, 0.0), 1)
+        pointers = exp_ptr_R[:, None] + c_K[None, :]
+        tl.store(pointers, exp_RK.to(exp_ptr_R.dtype.element_ty), mask=write_R[:, None])
+    return sum_R, repeat_sum_R
+
+
 @triton.jit(do_not_specialize=["positions", "candidates", "tiles"])
 def logsumexp_kernel(
     h_ptr, c_ptr, bias_ptr, id_ptr, target_ptr, first_ptr, sequence_ptr, token_ptr, score_ptr,
@@ -96,21 +145,105 @@ def logsumexp_kernel(
     first_ptr_R, token_R, score_R = load_repeats(
         sequence_ptr, token_ptr, score_ptr, first_ptr, first_stride, n_R, positions, REPEATS
     )
-    high_R = tl.full([R], float("-inf"), tl.float32)
-    sum_R = tl.zeros([R], tl.float32)
     begin = tl.program_id(1) * tiles * K
-    for first in range(begin, tl.minimum(begin + tiles * K, candidates), K):
+    lse_R = walk_logsumexp(
+        h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, first_ptr_R, token_R,
+        score_R, begin, tl.minimum(begin + tiles * K, candidates), candidates, D, COLUMNS, K, HITS,
+        REPEATS, PRECISION,
+    )  # fmt: skip
+    row = tl.program_id(1).to(tl.int64) * positions
+    tl.store(lse_ptr + row + n_R, lse_R / LOG2E, mask=n_R < positions)
+
+
+@triton.jit(do_not_specialize=["positions", "candidates", "tiles"])
+def exponentials_kernel(
+    h_ptr, c_ptr, bias_ptr, id_ptr, target_ptr, first_ptr, sequence_ptr, token_ptr, score_ptr,
+    base_ptr, exp_ptr, sum_ptr, repeat_sum_ptr, positions, candidates, tiles, stride, first_stride,
+    D: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, K: tl.constexpr, HITS: tl.constexpr,
+    REPEATS: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (r, g): exp(logit - base) of position tile r and `tiles` candidate tiles.
+
+    Rows of `stride`, a multiple of K. Also the sums over this program's candidates, [G, N]: over
+    repeats and, with FIRST, over all. FIRST: the base is made here, of the first tile's logits, and
+    written; else it is given.
+    """
+    n_R = tl.program_id(0) * R + tl.arange(0, R)
+    inside_R = n_R < positions
+    h_RD = load_block(h_ptr, n_R, positions, tl.arange(0, COLUMNS), D)
+    target_R = tl.load(target_ptr + n_R, mask=inside_R, other=-1) if HITS else n_R
+    first_ptr_R, token_R, score_R = load_repeats(
+        sequence_ptr, token_ptr, score_ptr, first_ptr, first_stride, n_R, positions, REPEATS
+    )
+    if FIRST:
         logit_RK, _ = scaled_logits(
             h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, first_ptr_R, token_R,
-            score_R, first + tl.arange(0, K), candidates, D, COLUMNS, HITS, REPEATS, PRECISION,
+            score_R, tl.arange(0, K), candidates, D, COLUMNS, HITS, REPEATS, PRECISION,
         )  # fmt: skip
-        higher_R = tl.maximum(high_R, tl.max(logit_RK, 1))
-        base_R = finite(higher_R)
-        sum_R = sum_R * tl.exp2(high_R - base_R) + tl.sum(tl.exp2(logit_RK - base_R[:, None]), 1)
-        high_R = higher_R
-    lse_R = (high_R + tl.log2(sum_R)) / LOG2E
+        base_R = finite(tl.max(logit_RK, 1)) / LOG2E
+        tl.store(base_ptr + n_R, base_R, mask=inside_R & (tl.program_id(1) == 0))
+    else:
+        base_R = finite(tl.load(base_ptr + n_R, mask=inside_R, other=0.0))
+    begin = tl.program_id(1) * tiles * K
+    sum_R, repeat_sum_R = walk_exponentials(
+        h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, first_ptr_R, token_R,
+        score_R, base_R * LOG2E, begin, tl.minimum(begin + tiles * K, candidates), candidates,
+        exp_ptr + n_R.to(tl.int64) * stride, inside_R, D, COLUMNS, K, HITS, REPEATS, PRECISION,
+    )  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * positions
-    tl.store(lse_ptr + row + n_R, lse_R, mask=n_R < positions)
+    if FIRST:
+        tl.store(sum_ptr + row + n_R, sum_R, mask=inside_R)
+    if REPEATS:
+        tl.store(repeat_sum_ptr + row + n_R, repeat_sum_R, mask=inside_R)
+
+
+@triton.jit(do_not_specialize=["positions", "candidates", "runs"])
+def finish_kernel(
+    h_ptr, c_ptr, bias_ptr, id_ptr, target_ptr, first_ptr, sequence_ptr, token_ptr, score_ptr,
+    base_ptr, exp_ptr, sum_ptr, repeat_sums_ptr, lse_ptr, repeat_sum_ptr, positions, candidates,
+    runs, stride, first_stride, D: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, HITS: tl.constexpr, REPEATS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The logsumexp and the sum over repeats, [N], from those of `runs` runs.
+
+    Where the logsumexp is FAR from the base, it and the exponentials are made again, with itself as
+    the base.
+    """
+    n_R = tl.program_id(0) * R + tl.arange(0, R)
+    inside_R = n_R < positions
+    base_R = tl.load(base_ptr + n_R, mask=inside_R, other=0.0)
+    sum_R = tl.zeros([R], tl.float32)
+    repeat_sum_R = tl.zeros([R], tl.float32)
+    for run in range(runs):
+        row = tl.cast(run, tl.int64) * positions
+        sum_R += tl.load(sum_ptr + row + n_R, mask=inside_R, other=1.0)
+        if REPEATS:
+            repeat_sum_R += tl.load(repeat_sums_ptr + row + n_R, mask=inside_R, other=0.0)
+    above_R = tl.log2(sum_R) / LOG2E
+    lse_R = base_R + above_R
+    far_R = inside_R & ~(tl.abs(above_R) < FAR)  # NaN is far
+    if tl.max(far_R.to(tl.int32), 0) > 0:
+        h_RD = load_block(h_ptr, n_R, positions, tl.arange(0, COLUMNS), D)
+        target_R = tl.load(target_ptr + n_R, mask=inside_R, other=-1) if HITS else n_R
+        first_ptr_R, token_R, score_R = load_repeats(
+            sequence_ptr, token_ptr, score_ptr, first_ptr, first_stride, n_R, positions, REPEATS
+        )
+        again_R = walk_logsumexp(
+            h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, first_ptr_R, token_R,
+            score_R, 0, candidates, candidates, D, COLUMNS, K, HITS, REPEATS, PRECISION,
+        ) / LOG2E  # fmt: skip
+        lse_R = tl.where(far_R, again_R, lse_R)
+        base_R = tl.where(far_R, finite(again_R), base_R)
+        _, repeats_R = walk_exponentials(
+            h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, first_ptr_R, token_R,
+            score_R, base_R * LOG2E, 0, candidates, candidates,
+            exp_ptr + n_R.to(tl.int64) * stride, far_R, D, COLUMNS, K, HITS, REPEATS, PRECISION,
+        )  # fmt: skip
+        repeat_sum_R = tl.where(far_R, repeats_R, repeat_sum_R)
+        tl.store(base_ptr + n_R, base_R, mask=far_R)
+    tl.store(lse_ptr + n_R, lse_R, mask=inside_R)
+    if REPEATS:
+        tl.store(repeat_sum_ptr + n_R, repeat_sum_R, mask=inside_R)
 
 
 @triton.jit(do_not_specialize=["positions", "candidates"])
@@ -138,47 +271,83 @@ def target_kernel(
     tl.store(logit_ptr + n_R, tl.where(here_R, logit_R, 0.0), mask=n_R < positions)
 
 
-@triton.jit(do_not_specialize=["positions", "candidates", "tiles", "offset"])
-def weight_kernel(
-    h_ptr, c_ptr, bias_ptr, id_ptr, target_ptr, place_ptr, first_ptr, sequence_ptr, token_ptr,
-    score_ptr, lse_ptr, dlse_ptr, dtarget_ptr, weight_ptr, dscore_ptr, positions, candidates,
-    tiles, offset, stride, first_stride, D: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr,
-    K: tl.constexpr, HITS: tl.constexpr, PLACE: tl.constexpr, REPEATS: tl.constexpr,
-    PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["positions", "candidates"])
+def factor_kernel(
+    place_ptr, first_ptr, sequence_ptr, token_ptr, base_ptr, lse_ptr, dlse_ptr, dtarget_ptr,
+    factor_ptr, dscore_ptr, positions, candidates, first_stride, R: tl.constexpr,
+    PLACE: tl.constexpr, REPEATS: tl.constexpr,
 ):  # fmt: skip
-    """w of a chunk whose first candidate has place `offset`; rows of `stride`, a multiple of K.
+    """What a row of exponentials is to be multiplied by, and the place's part of dscore.
 
-    Also its sum over repeats, of this program's candidates, [G, N].
+    Of dlse at least LEAST_SHARE of dtarget is taken: the place's weight is divided by the factor.
     """
     n_R = tl.program_id(0) * R + tl.arange(0, R)
     inside_R = n_R < positions
-    h_RD = load_block(h_ptr, n_R, positions, tl.arange(0, COLUMNS), D)
-    target_R = tl.load(target_ptr + n_R, mask=inside_R, other=-1) if HITS else n_R
-    lse_R = finite(tl.load(lse_ptr + n_R, mask=inside_R, other=0.0)) * LOG2E
+    lse_R = finite(tl.load(lse_ptr + n_R, mask=inside_R, other=0.0))
+    base_R = finite(tl.load(base_ptr + n_R, mask=inside_R, other=0.0))
     dlse_R = tl.load(dlse_ptr + n_R, mask=inside_R, other=0.0)
     if PLACE:
-        place_R = tl.load(place_ptr + n_R, mask=inside_R, other=-1) - offset
-        place_R = tl.where((place_R >= 0) & (place_R < candidates), place_R, -1).to(tl.int32)
         dtarget_R = tl.load(dtarget_ptr + n_R, mask=inside_R, other=0.0)
-    first_ptr_R, token_R, score_R = load_repeats(
-        sequence_ptr, token_ptr, score_ptr, first_ptr, first_stride, n_R, positions, REPEATS
-    )
-    dscore_R = tl.zeros([R], tl.float32)
-    row_ptr_R = weight_ptr + n_R.to(tl.int64) * stride
-    begin = tl.program_id(1) * tiles * K
-    for first in range(begin, tl.minimum(begin + tiles * K, candidates), K):
-        c_K = first + tl.arange(0, K)
-        logit_RK, repeat_RK = scaled_logits(
-            h_RD, h_ptr, n_R, positions, c_ptr, bias_ptr, id_ptr, target_R, first_ptr_R, token_R,
-            score_R, c_K, candidates, D, COLUMNS, HITS, REPEATS, PRECISION,
-        )  # fmt: skip
-        weight_RK = tl.exp2(logit_RK - lse_R[:, None]) * dlse_R[:, None]
-        if PLACE:
-            weight_RK += tl.where(place_R[:, None] == c_K[None, :], dtarget_R[:, None], 0.0)
-        if REPEATS:
-            dscore_R += tl.sum(tl.where(repeat_RK, weight_RK, 0.0), 1)
-        pointers = row_ptr_R[:, None] + c_K[None, :]
-        tl.store(pointers, weight_RK.to(weight_ptr.dtype.element_ty), mask=inside_R[:, None])
+        least_R = tl.abs(dtarget_R) * LEAST_SHARE
+        dlse_R = tl.where(tl.abs(dlse_R) < least_R, least_R, dlse_R)
+    factor_R = tl.exp2((base_R - lse_R) * LOG2E) * dlse_R
+    tl.store(factor_ptr + n_R, factor_R, mask=inside_R)
     if REPEATS:
-        row = tl.program_id(1).to(tl.int64) * positions
-        tl.store(dscore_ptr + row + n_R, dscore_R, mask=inside_R)
+        dscore_R = tl.zeros([R], tl.float32)
+        if PLACE:
+            first_ptr_R, token_R, _ = load_repeats(
+                sequence_ptr, token_ptr, dtarget_ptr, first_ptr, first_stride, n_R, positions, True
+            )
+            place_R = tl.load(place_ptr + n_R, mask=inside_R, other=-1)
+            here_R = (place_R >= 0) & (place_R < candidates)
+            held_R = tl.load(first_ptr_R + tl.where(here_R, place_R, 0)) <= token_R
+            dscore_R = tl.where(here_R & held_R, dtarget_R, 0.0)
+        tl.store(dscore_ptr + n_R, dscore_R, mask=inside_R)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def scale_rows_kernel(
+    x_ptr, factor_ptr, out_ptr, rows, D: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr
+):
+    """out = factor * x, [rows, D]."""
+    n_R = tl.program_id(0) * R + tl.arange(0, R)
+    factor_R = tl.load(factor_ptr + n_R, mask=n_R < rows, other=0.0)
+    for first in tl.static_range(0, D, COLUMNS):
+        d_D = first + tl.arange(0, COLUMNS)
+        x_RD = load_block(x_ptr, n_R, rows, d_D, D).to(tl.float32) * factor_R[:, None]
+        pointers = out_ptr + n_R.to(tl.int64)[:, None] * D + d_D[None, :]
+        mask_RD = (n_R < rows)[:, None] & (d_D < D)[None, :]
+        tl.store(pointers, x_RD.to(out_ptr.dtype.element_ty), mask=mask_RD)
+
+
+@triton.jit(do_not_specialize=["positions", "candidates", "offset"])
+def place_kernel(
+    id_ptr, target_ptr, place_ptr, base_ptr, logit_ptr, dtarget_ptr, factor_ptr, exp_ptr, there_ptr,
+    positions, candidates, offset, stride, R: tl.constexpr, HITS: tl.constexpr,
+    PUT_BACK: tl.constexpr,
+):  # fmt: skip
+    """Puts `dtarget / factor` on top of each place's exponential, of candidates from `offset` on.
+
+    It is made anew from its logit, in fp32: where the target is nearly certain both nearly cancel.
+    `there` gets what was there before; with PUT_BACK it is put there again.
+    """
+    n_R = tl.program_id(0) * R + tl.arange(0, R)
+    inside_R = n_R < positions
+    place_R = tl.load(place_ptr + n_R, mask=inside_R, other=-1) - offset
+    here_R = inside_R & (place_R >= 0) & (place_R < candidates)
+    pointers = exp_ptr + n_R.to(tl.int64) * stride + place_R
+    if PUT_BACK:
+        tl.store(pointers, tl.load(there_ptr + n_R, mask=here_R, other=0.0), mask=here_R)
+    else:
+        tl.store(there_ptr + n_R, tl.load(pointers, mask=here_R, other=0.0), mask=here_R)
+        base_R = finite(tl.load(base_ptr + n_R, mask=inside_R, other=0.0))
+        logit_R = tl.load(logit_ptr + n_R, mask=inside_R, other=0.0)
+        dtarget_R = tl.load(dtarget_ptr + n_R, mask=inside_R, other=0.0)
+        factor_R = tl.load(factor_ptr + n_R, mask=inside_R, other=0.0)
+        exp_R = tl.exp2((logit_R - base_R) * LOG2E)
+        if HITS:
+            id_R = tl.load(id_ptr + place_R, mask=here_R, other=-1)
+            target_R = tl.load(target_ptr + n_R, mask=inside_R, other=-1)
+            exp_R = tl.where(id_R == target_R, 0.0, exp_R)
+        exp_R += tl.where(dtarget_R == 0.0, 0.0, dtarget_R / factor_R)
+        tl.store(pointers, exp_R.to(exp_ptr.dtype.element_ty), mask=here_R)

@@ -175,8 +175,11 @@ def launch_softmax(D, positions=2400, candidates=3001):
         h, c = (torch.empty(n, D, dtype=dtype) for n in (positions, candidates))
         inputs = (h, c, bias_C, *ids, *more)
         with fp32_products(precision):
-            softmax.candidate_logsumexp_op._init_fn(*inputs)
-            softmax.candidate_logsumexp_backward_op._init_fn(value_N, value_N, *inputs, value_N)
+            for keep in (True, False):
+                outputs = softmax.candidate_logsumexp_op._init_fn(*inputs, keep)
+                softmax.candidate_logsumexp_backward_op._init_fn(
+                    value_N, value_N, *inputs, *outputs
+                )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The softmax kernels on the card, against float64, widely (`test_ssd_kernels_gpu.py` says why)."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules.losses import FullSoftmax, SampledSoftmax, logsumexp_fused, logsumexp_reference
 from modules.products import fp32_products
-from tests.modules.test_softmax_kernels import answers, errors_of, problem, relative
+from tests.modules.test_softmax_kernels import (
+    answers,
+    errors_of,
+    far_from_first_tile,
+    nothing_kept,
+    problem,
+    relative,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -27,9 +35,12 @@ def needs_a_card():
 
 
 def assert_right(p, slack=1):
-    errors = errors_of(p)
+    """With exponentials kept for the backward, and made anew there."""
     limits = LIMITS[p.h_ND.dtype]
-    assert all(errors[name] < slack * limits[name] for name in errors), errors
+    for how in (nullcontext(), nothing_kept()):
+        with how:
+            errors = errors_of(p)
+        assert all(errors[name] < slack * limits[name] for name in errors), (how, errors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,7 +80,7 @@ def test_sizes_of_a_training_step(N, C, dtype):
 def test_chunks_change_nothing(dtype, weight_bytes, monkeypatch):
     from modules.kernels import softmax
 
-    monkeypatch.setattr(softmax, "WEIGHT_BYTES", weight_bytes)
+    monkeypatch.setattr(softmax, "CHUNK_BYTES", weight_bytes)
     monkeypatch.setattr(softmax, "CHUNK_CANDIDATES", 512)
     assert_right(problem(3000, 5001, 256, False, True, True, "cuda", dtype))
     assert_right(problem(3000, 5001, 256, True, False, False, "cuda", dtype))
@@ -83,13 +94,31 @@ def test_corners(dtype):
     assert_right(replace(p, candidates_C=zeros_C, targets_N=zeros_N))
     assert_right(replace(p, h_ND=p.h_ND * 60), slack=60 if dtype == torch.float32 else 1)
     assert_right(replace(p, targets_N=p.targets_N + 2**32))
+    for first, others in ((0.0, 70.0), (-torch.inf, -120.0)):
+        assert_right(far_from_first_tile(first, others, "cuda", dtype), slack=5)
     nothing = answers(logsumexp_fused, replace(p, dlse_N=p.dlse_N * 0, dtarget_N=p.dtarget_N * 0))
     assert not nothing[2].any()
     assert not nothing[3].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_every_time(dtype):
+def test_targets_that_are_all_but_certain(dtype):
+    """Their weight and what the loss takes off it nearly cancel."""
+    p = problem(700, 1_001, 64, False, True, True, "cuda", dtype)
+    own_N = torch.arange(700, device="cuda")
+    certain = replace(
+        p, bias_C=torch.zeros_like(p.bias_C), h_ND=p.c_CD[:700] / 5, place_N=own_N,
+        dlse_N=torch.ones_like(p.dlse_N), dtarget_N=-torch.ones_like(p.dlse_N),
+    )  # fmt: skip
+    assert_right(certain, slack=1 if dtype == torch.bfloat16 else 20)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_every_time(dtype, kept, monkeypatch):
+    from modules.kernels import softmax
+
+    monkeypatch.setattr(softmax, "KEPT_SHARE", 0.05 if kept else 0)
     p = problem(16_384, 3_425, 256, False, True, True, "cuda", dtype)
     first = answers(logsumexp_fused, p)
     for _ in range(7):
@@ -185,4 +214,5 @@ def test_opcheck():
     leaves = (p.h_ND.requires_grad_(), p.c_CD.requires_grad_(), p.bias_C)
     p.repeats.score_N.requires_grad_()
     ids = (p.candidates_C, p.targets_N, None)
-    torch.library.opcheck(candidate_logsumexp_op, (*leaves, *ids, *p.repeats))
+    for keep in (True, False):
+        torch.library.opcheck(candidate_logsumexp_op, (*leaves, *ids, *p.repeats, keep))

@@ -79,25 +79,30 @@ def kernels_of_run(config: Config, folder: Path) -> set[str]:
     return launched(step)
 
 
-def compare(folder: str, options: list[str], most_tokens: int) -> list[int]:
+def compare(folder: str, options: list[str], most_tokens: int, kept_bytes: float) -> list[int]:
     """Runs inside the subprocess: kernels of the run, of the child, and of both."""
     import torch
 
+    from modules.kernels import softmax
     from trainer import compile_step
     from trainer.world import World
 
     config = resolved(*options)
+    softmax.KEPT_SHARE = kept_bytes / softmax._memory(torch.device("cpu"))
     run = kernels_of_run(config, Path(folder))
     if most_tokens != MOST_TOKENS:
         compile_step.MOST_TOKENS, compile_step.MOST_NUMBERS = most_tokens, 0
-    world = World(0, 1, 0, 1, torch.device("cpu"))
-    child = launched(compile_step.step_of(config, RESERVED_ROWS + ITEMS, world))
+    world, rows = World(0, 1, 0, 1, torch.device("cpu")), RESERVED_ROWS + ITEMS
+    softmax.KEPT_SHARE = compile_step.kept_share(config, rows, world)
+    child = launched(compile_step.step_of(config, rows, world))
     return [len(run), len(child), len(run & child)]
 
 
-def compared(folder: Path, options: list[str], most_tokens: int = MOST_TOKENS) -> list[int]:
+def compared(
+    folder: Path, options: list[str], most_tokens: int = MOST_TOKENS, kept_bytes: float = 2.0**32
+) -> list[int]:
     pytest.importorskip("triton")
-    given = json.dumps([str(folder), options, most_tokens])
+    given = json.dumps([str(folder), options, most_tokens, kept_bytes])
     code = f"""
 import json
 from tests.trainer.test_compile_step import compare
@@ -136,6 +141,14 @@ def folder(tmp_path_factory):
 )
 def test_the_childs_step_has_the_kernels_of_the_run(folder, options):
     run, child, both = compared(folder, options)
+    assert run == child == both > 20
+
+
+# bf16 exponentials of 65,536 positions and 320 candidates are 42 MB, of the batch as cut 26 MB.
+@pytest.mark.parametrize("kept_bytes", [2**25, 2**26])
+def test_the_childs_softmax_keeps_what_the_runs_keeps(folder, kept_bytes):
+    options = [*WIDE, "data.batch_tokens=65536", "data.max_sequences=311"]
+    run, child, both = compared(folder, options, kept_bytes=kept_bytes)
     assert run == child == both > 20
 
 
