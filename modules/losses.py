@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from data.schema import PADDING_ROW, RESERVED_ROWS
 from modules.collectives import all_gather, all_to_all, world_size
 from modules.repeats import Repeats, SeenItems
+from modules.softmax_memory import LOGIT_BYTES, keeps_exponentials
 
-LOGIT_BYTES = 256 * 1024 * 1024
 LogSumExp = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -181,12 +181,19 @@ def logsumexp_fused(
     place_N: Tensor | None = None,
     repeats: Repeats | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`candidate_logsumexp` on Triton, bf16 or fp32 products: no logits in memory."""
+    """`candidate_logsumexp` on Triton, bf16 or fp32 products.
+
+    Exponentials of all logits are kept for the backward pass where they fit, otherwise each chunk
+    is computed again there.
+    """
     from modules.kernels.softmax import candidate_logsumexp_triton  # Triton comes with a GPU
 
     h_ND, c_CD = _product_dtype(h_ND, c_CD)
-    ids = candidates_C, targets_N, place_N
-    return candidate_logsumexp_triton(h_ND, c_CD, bias_C, *ids, *(repeats or ()))
+    ids, held = (candidates_C, targets_N, place_N), repeats or (None, None, None, None)
+    wanted = any(one is not None and one.requires_grad for one in (h_ND, c_CD, held[-1]))
+    needed = h_ND.shape[0] * c_CD.shape[0] * h_ND.element_size()
+    keep = torch.is_grad_enabled() and wanted and keeps_exponentials(needed, h_ND.device)
+    return candidate_logsumexp_triton(h_ND, c_CD, bias_C, *ids, *held, keep=keep)
 
 
 def _product_dtype(h_ND: Tensor, c_CD: Tensor) -> tuple[Tensor, Tensor]:

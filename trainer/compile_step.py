@@ -17,6 +17,7 @@ from trainer.compilers import end_with
 if __name__ == "__main__":
     end_with(json.loads(sys.argv[1])["parent"])  # before the imports, which take seconds
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +34,12 @@ from data.reader import HistoryDataset
 from data.samples import NO_SAMPLES
 from data.schema import RESERVED_ROWS
 from data.vocabulary import Vocabulary
+from modules import softmax_memory
 from modules.behind_table import BehindTable
-from modules.products import fp32_products
+from modules.products import DTYPES, fp32_products
 from trainer.config import Config
 from trainer.parts import candidates, encoder_and_loss
-from trainer.resolve import OBJECTIVES, resolve
+from trainer.resolve import OBJECTIVES, logits_of_step, resolve
 from trainer.world import World
 
 # A batch is cut to about so many tokens, and more where rows are narrow: above these sizes no
@@ -45,7 +47,8 @@ from trainer.world import World
 MOST_TOKENS, MOST_NUMBERS = 40_960, 1 << 22
 # By multiples of this: 16 chunks, so that slices of tensors stay aligned as they were.
 CUT = 1_024
-MOST_ROWS = 32_768  # of a full softmax: of candidates no constant depends on the number
+# Of a full softmax: but for `kept_share` no constant depends on the number of candidates.
+MOST_ROWS = 32_768
 
 
 def cut_tokens(tokens: int, width: int) -> int:
@@ -59,20 +62,10 @@ def cut_rows(table_rows: int, world: World) -> int:
 
 
 def kept_share(config: Config, table_rows: int, world: World) -> float:
-    """With which KEPT_SHARE a softmax here keeps its exponentials where the run's does.
-
-    The run's are as many times larger as what is cut off here: tokens, unless prefixes are read at
-    one each, rows of a full softmax, and its other ranks' tokens.
-    """
-    from modules.kernels.softmax import KEPT_SHARE
-
-    share = KEPT_SHARE
-    if OBJECTIVES[config.data.samples] != "prefix":
-        tokens = config.data.tokens_a_batch
-        share *= cut_tokens(tokens, config.model.width) / tokens
-    if config.loss.kind == "full":
-        share *= cut_rows(table_rows, world) / table_rows / world.size
-    return share
+    """A share of memory with which a softmax here keeps its exponentials if the run's does."""
+    number_bytes = DTYPES[config.trainer.precision].itemsize
+    needed = number_bytes * logits_of_step(config, table_rows, world)
+    return math.inf if softmax_memory.keeps_exponentials(needed, world.device) else 0.0
 
 
 def step_of(config: Config, table_rows: int, world: World) -> Callable[[], object]:
@@ -117,8 +110,7 @@ def compile_share(config: Config, number: int, of: int, threads: int) -> None:
 
     Raises whatever the run itself will raise for this config.
     """
-    from modules.kernels import softmax  # Triton comes with a GPU
-    from modules.kernels.compile import Share, compile_ahead
+    from modules.kernels.compile import Share, compile_ahead  # Triton comes with a GPU
 
     # The run itself has a place there too, already.
     torch.cuda.set_per_process_memory_fraction(1 / (of + 1))
@@ -126,7 +118,7 @@ def compile_share(config: Config, number: int, of: int, threads: int) -> None:
     world = World(0, size, 0, 1, torch.device("cuda", 0))
     dataset = HistoryDataset(Path(config.data.path))
     config = resolve(config, world, dataset)
-    softmax.KEPT_SHARE = kept_share(config, dataset.table_rows, world)
+    softmax_memory.KEPT_SHARE = kept_share(config, dataset.table_rows, world)
     step = step_of(config, dataset.table_rows, world)
     compile_ahead(step, Share(number, of), threads)
 

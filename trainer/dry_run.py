@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torchrec.distributed.types import ShardingPlan
 
-from modules.losses import LOGIT_BYTES
+from modules.products import DTYPES
 from modules.recommender import Recommender
+from modules.softmax_memory import most_held
 from tools.benchmarks.measure import Ceilings, Floor, Timer, link_rate, measure_ceilings
 from trainer.config import Config
 from trainer.memory import WEIGHT_BYTES, TableMemory, memory_by_rank, size
 from trainer.observe import flops_per_token
-from trainer.resolve import candidate_count, reads, repeat_bytes, scored_candidates
+from trainer.resolve import candidate_count, logits_of_step, repeat_bytes
 from trainer.world import World
 
 TRIAL_TOKENS = 1024  # of one history, for counting what the encoder saves
@@ -33,22 +34,23 @@ class Sizes:
     width: int
     table_rows: int
     scored: int  # logits of a rank
+    scored_bytes: int  # held of them
     repeat_bytes: int
     dense: int  # parameters
 
     @classmethod
     def of(cls, config: Config, model: Recommender, table_rows: int, world: World) -> "Sizes":
         candidates = candidate_count(config, table_rows, world)
-        positions, rivals = reads(config), scored_candidates(config, table_rows)
-        if config.loss.kind == "full":  # candidate-parallel: all ranks' positions, its own rows
-            positions, rivals = positions * world.size, candidates
+        scored = logits_of_step(config, table_rows, world)
+        number_bytes = DTYPES[config.trainer.precision].itemsize
         return cls(
             ranks=world.size,
             tokens=config.data.tokens_a_batch,
             looked_up=config.data.tokens_a_batch + candidates,
             width=config.model.width,
             table_rows=table_rows,
-            scored=positions * rivals,
+            scored=scored,
+            scored_bytes=most_held(scored, number_bytes, world.device),
             repeat_bytes=repeat_bytes(config, table_rows, world),
             dense=sum(one.numel() for one in model.encoder.parameters()),
         )
@@ -81,7 +83,7 @@ def memory_lines(
         f"encoder: {sizes.dense:,} parameters, gradients, AdamW state": 16 * sizes.dense,
         f"{sizes.looked_up:,} looked-up rows and gradients": 2 * sizes.looked_up_bytes,
         f"activations of {sizes.tokens:,} tokens": round(sizes.tokens * saved_per_token),
-        "logits": min(LOGIT_BYTES, 4 * sizes.scored),
+        "logits, or their exponentials": sizes.scored_bytes,
     }
     if sizes.repeat_bytes:
         parts["which candidates are repeats"] = sizes.repeat_bytes

@@ -142,6 +142,14 @@ def scored_candidates(config: Config, table_rows: int) -> int:
     return config.loss.negatives + (reads(config) if config.loss.in_batch else 0)
 
 
+def logits_of_step(config: Config, table_rows: int, world: World) -> int:
+    """How many logits a rank's loss has."""
+    positions, rivals = reads(config), scored_candidates(config, table_rows)
+    if config.loss.kind == "full":  # candidate-parallel: all ranks' positions, its own rows
+        positions, rivals = positions * world.size, candidate_count(config, table_rows, world)
+    return positions * rivals
+
+
 def repeat_bytes(config: Config, table_rows: int, world: World) -> int:
     """Bytes of what tells the repeats among a rank's candidates; 0 without model.repeats."""
     if not config.model.repeats:

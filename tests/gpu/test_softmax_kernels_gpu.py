@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.schema import PADDING_ROW, RESERVED_ROWS
+from modules import softmax_memory
 from modules.losses import FullSoftmax, SampledSoftmax, logsumexp_fused, logsumexp_reference
 from modules.products import fp32_products
 from tests.modules.test_softmax_kernels import (
@@ -16,12 +17,13 @@ from tests.modules.test_softmax_kernels import (
     nothing_kept,
     problem,
     relative,
+    some_far_from_first_tile,
 )
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float32]
-# The logsumexp is fp32 in both; weights and gradients are rounded to the dtype.
+# The logsumexp is fp32 in both; exponentials and gradients are rounded to the dtype.
 LIMITS = {
     torch.bfloat16: {"lse": 1e-5, "target": 1e-5, "dh": 6e-3, "dc": 6e-3, "dscore": 1e-4},
     torch.float32: {"lse": 1e-5, "target": 1e-5, "dh": 2e-5, "dc": 2e-5, "dscore": 1e-4},
@@ -76,12 +78,12 @@ def test_sizes_of_a_training_step(N, C, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight_bytes", [2**20, 2**22])
-def test_chunks_change_nothing(dtype, weight_bytes, monkeypatch):
-    from modules.kernels import softmax
+@pytest.mark.parametrize("chunk_bytes", [2**20, 2**22])
+def test_chunks_change_nothing(dtype, chunk_bytes, monkeypatch):
+    from modules.kernels import softmax_backward
 
-    monkeypatch.setattr(softmax, "CHUNK_BYTES", weight_bytes)
-    monkeypatch.setattr(softmax, "CHUNK_CANDIDATES", 512)
+    monkeypatch.setattr(softmax_backward, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(softmax_backward, "CHUNK_CANDIDATES", 512)
     assert_right(problem(3000, 5001, 256, False, True, True, "cuda", dtype))
     assert_right(problem(3000, 5001, 256, True, False, False, "cuda", dtype))
 
@@ -94,8 +96,9 @@ def test_corners(dtype):
     assert_right(replace(p, candidates_C=zeros_C, targets_N=zeros_N))
     assert_right(replace(p, h_ND=p.h_ND * 60), slack=60 if dtype == torch.float32 else 1)
     assert_right(replace(p, targets_N=p.targets_N + 2**32))
-    for first, others in ((0.0, 70.0), (-torch.inf, -120.0)):
+    for first, others in ((0.0, 35.0), (0.0, 70.0), (-torch.inf, -120.0)):
         assert_right(far_from_first_tile(first, others, "cuda", dtype), slack=5)
+    assert_right(some_far_from_first_tile("cuda", dtype), slack=5)
     nothing = answers(logsumexp_fused, replace(p, dlse_N=p.dlse_N * 0, dtarget_N=p.dtarget_N * 0))
     assert not nothing[2].any()
     assert not nothing[3].any()
@@ -116,9 +119,7 @@ def test_targets_that_are_all_but_certain(dtype):
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_every_time(dtype, kept, monkeypatch):
-    from modules.kernels import softmax
-
-    monkeypatch.setattr(softmax, "KEPT_SHARE", 0.05 if kept else 0)
+    monkeypatch.setattr(softmax_memory, "KEPT_SHARE", 0.05 if kept else 0.0)
     p = problem(16_384, 3_425, 256, False, True, True, "cuda", dtype)
     first = answers(logsumexp_fused, p)
     for _ in range(7):

@@ -79,30 +79,33 @@ def kernels_of_run(config: Config, folder: Path) -> set[str]:
     return launched(step)
 
 
-def compare(folder: str, options: list[str], most_tokens: int, kept_bytes: float) -> list[int]:
-    """Runs inside the subprocess: kernels of the run, of the child, and of both."""
+def compare(folder: str, options: list[str], kept_bytes: float, cuts: dict[str, int]) -> list[int]:
+    """Runs inside the subprocess: kernels of the run, of the child, and of both.
+
+    cuts: other constants of `trainer.compile_step`.
+    """
     import torch
 
-    from modules.kernels import softmax
+    from modules import softmax_memory
     from trainer import compile_step
     from trainer.world import World
 
     config = resolved(*options)
-    softmax.KEPT_SHARE = kept_bytes / softmax._memory(torch.device("cpu"))
+    softmax_memory.KEPT_SHARE = kept_bytes / softmax_memory.LARGE_GPU
     run = kernels_of_run(config, Path(folder))
-    if most_tokens != MOST_TOKENS:
-        compile_step.MOST_TOKENS, compile_step.MOST_NUMBERS = most_tokens, 0
+    for name, value in cuts.items():
+        setattr(compile_step, name, value)
     world, rows = World(0, 1, 0, 1, torch.device("cpu")), RESERVED_ROWS + ITEMS
-    softmax.KEPT_SHARE = compile_step.kept_share(config, rows, world)
+    softmax_memory.KEPT_SHARE = compile_step.kept_share(config, rows, world)
     child = launched(compile_step.step_of(config, rows, world))
     return [len(run), len(child), len(run & child)]
 
 
 def compared(
-    folder: Path, options: list[str], most_tokens: int = MOST_TOKENS, kept_bytes: float = 2.0**32
+    folder: Path, options: list[str], kept_bytes: float = 2.0**32, **cuts: int
 ) -> list[int]:
     pytest.importorskip("triton")
-    given = json.dumps([str(folder), options, most_tokens, kept_bytes])
+    given = json.dumps([str(folder), options, kept_bytes, cuts])
     code = f"""
 import json
 from tests.trainer.test_compile_step import compare
@@ -144,17 +147,31 @@ def test_the_childs_step_has_the_kernels_of_the_run(folder, options):
     assert run == child == both > 20
 
 
-# bf16 exponentials of 65,536 positions and 320 candidates are 42 MB, of the batch as cut 26 MB.
-@pytest.mark.parametrize("kept_bytes", [2**25, 2**26])
-def test_the_childs_softmax_keeps_what_the_runs_keeps(folder, kept_bytes):
-    options = [*WIDE, "data.batch_tokens=65536", "data.max_sequences=311"]
-    run, child, both = compared(folder, options, kept_bytes=kept_bytes)
+# bf16 exponentials of 65,536 positions and 308 candidates are 40 MB, of the batch as cut 25 MB.
+LONG = [*WIDE, "data.batch_tokens=65536", "data.max_sequences=311"]
+PREFIXES = [*WIDE, "experiment=ml1m_paper", "data.batch_tokens=45007", "data.max_sequences=311"]
+ROWS = [*SMALL, "data.batch_tokens=2048", "data.max_sequences=99"]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept_bytes", "cuts"),
+    [
+        (LONG, 2**25, {}),
+        (LONG, 2**26, {}),
+        (PREFIXES, 2**17, {}),
+        (PREFIXES, 2**18, {}),
+        (ROWS, 2**20, {"MOST_ROWS": 120}),
+        (ROWS, 2**21, {"MOST_ROWS": 120}),
+    ],
+)
+def test_the_childs_softmax_keeps_what_the_runs_keeps(folder, options, kept_bytes, cuts):
+    run, child, both = compared(folder, options, kept_bytes, **cuts)
     assert run == child == both > 20
 
 
 def test_a_batch_that_is_cut_too_short_has_others(folder):
     options = [*WIDE, "data.batch_tokens=45007", "data.max_sequences=311"]
-    run, _, both = compared(folder, options, most_tokens=5_000)
+    run, _, both = compared(folder, options, MOST_TOKENS=5_000, MOST_NUMBERS=0)
     assert both < run
 
 
