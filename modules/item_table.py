@@ -18,6 +18,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data.batch import CANDIDATES, HISTORY
+from modules.row_exchange import CrossedIds, RowExchange
 
 TABLE = "item"
 ROW_STD = 0.02
@@ -60,6 +61,7 @@ class ItemTable(nn.Module):
         )
         self.collection = EmbeddingCollection(tables=[config], device=device)
         self._lookup: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._runs: RowExchange | None = None
 
     def forward(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
         """(history rows [T, D], candidate rows [C, D])."""
@@ -67,20 +69,31 @@ class ItemTable(nn.Module):
             rows = self._lookup(features.values(), features.offsets().long())
             x_TD, c_CD = rows.split(features.length_per_key())
             return x_TD, c_CD
+        if self._runs is not None:
+            return self.rows_of(self.exchange(features), features)
         rows = self.collection(features)
         return rows[HISTORY].values(), rows[CANDIDATES].values()
 
-    def exchange(self, features: KeyedJaggedTensor) -> Exchanged:
+    def exchange(self, features: KeyedJaggedTensor) -> Exchanged | CrossedIds:
         """The first half of `forward` where the table is sharded: the ids, not yet their rows.
 
         Collective, and the host waits for the current stream.
         """
+        if self._runs is not None:
+            return self._runs.send_ids(features)
         context = self.collection.create_context()
         ids = self.collection.input_dist(context, features).wait().wait()
         return Exchanged(context, ids)
 
-    def rows_of(self, exchanged: Exchanged) -> tuple[Tensor, Tensor]:
+    def rows_of(
+        self, exchanged: Exchanged | CrossedIds, features: KeyedJaggedTensor
+    ) -> tuple[Tensor, Tensor]:
         """The second half: what `forward` returns. Collective, once for each exchange."""
+        if isinstance(exchanged, CrossedIds):
+            assert self._runs is not None
+            rows = self._runs.fetch_rows(exchanged)
+            x_TD, c_CD = rows.split(features.length_per_key())
+            return x_TD, c_CD
         rows = self.collection.compute_and_output_dist(exchanged.context, exchanged.ids)
         return rows[HISTORY].values(), rows[CANDIDATES].values()
 
@@ -96,6 +109,10 @@ class ItemTable(nn.Module):
         of the host than the lookup itself, and one wait for the device a step.
         """
         self._lookup = kernel.forward  # not the module, which would be registered twice
+
+    def serve_runs(self, exchange: RowExchange) -> None:
+        """Look up by ours, where each rank holds one run of the table's rows."""
+        self._runs = exchange
 
 
 @torch.no_grad()

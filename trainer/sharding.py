@@ -30,6 +30,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from data.errors import InputError
 from modules.item_table import TABLE, fill_rows
 from modules.recommender import Recommender
+from modules.row_exchange import RowExchange
 from trainer.config import TableConfig, TrainerConfig
 from trainer.distributed import ids_group
 from trainer.memory import Memory, TableMemory, free_memory, memory_by_rank, require_room
@@ -165,9 +166,14 @@ def shard(
     )
     for weight, row, column in local_shards(model):
         fill_rows(weight, seed, row, column)
-    if world.size == 1 and sharding_type(plan) == "table_wise":
+    kind_of_shards = sharding_type(plan)
+    if world.size == 1 and kind_of_shards == "table_wise":
         (kernel,) = table_kernels(model)
         recommender.table.serve_alone(kernel)
+    elif world.size > 1 and kind_of_shards == "row_wise":
+        (kernel,) = table_kernels(model)
+        rows_a_rank = -(-recommender.table.rows // world.size)
+        recommender.table.serve_runs(RowExchange(kernel.forward, rows_a_rank, ids_group()))
     _exchange_ids_apart(model)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     for one in dense.values():

@@ -66,7 +66,7 @@ def test_sampled_loss_is_the_same_on_two_ranks(results):
 
 def test_ids_cross_in_a_group_of_their_own(results):
     """Their numbers, their shares and themselves; then rows, and the rows' gradients."""
-    assert results[2]["groups"] == ["ids"] * 3 + ["default"] * 2
+    assert results[2]["groups"] == ["ids"] * 2 + ["default"] * 2
     assert results[1]["groups"] == []
 
 

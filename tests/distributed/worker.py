@@ -116,8 +116,9 @@ def groups(sharded: Sharded, world: World) -> list[str]:
     plain, found = dist.all_to_all_single, []
 
     def noted(*args, **options):
-        found.append("default" if options.get("group") is dist.group.WORLD else "ids")
-        assert options["group"] in (dist.group.WORLD, ids_group())
+        group = options.get("group") or dist.group.WORLD
+        assert group in (dist.group.WORLD, ids_group())
+        found.append("default" if group is dist.group.WORLD else "ids")
         return plain(*args, **options)
 
     dist.all_to_all_single = noted

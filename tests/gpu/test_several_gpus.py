@@ -85,7 +85,7 @@ def test_sampled_softmax_on_two_gpus_trains_as_on_one(found):
 
 
 def test_ids_cross_in_a_group_of_their_own(found):
-    assert found.ranks[2]["groups"] == ["ids"] * 3 + ["default"] * 2
+    assert found.ranks[2]["groups"] == ["ids"] * 2 + ["default"] * 2
 
 
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
