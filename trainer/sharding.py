@@ -28,7 +28,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from data.errors import InputError
-from modules.item_table import TABLE, fill_rows
+from modules.item_table import TABLE, ItemTable, fill_rows
 from modules.recommender import Recommender
 from modules.row_exchange import RowExchange
 from trainer.config import TableConfig, TrainerConfig
@@ -166,14 +166,7 @@ def shard(
     )
     for weight, row, column in local_shards(model):
         fill_rows(weight, seed, row, column)
-    kind_of_shards = sharding_type(plan)
-    if world.size == 1 and kind_of_shards == "table_wise":
-        (kernel,) = table_kernels(model)
-        recommender.table.serve_alone(kernel)
-    elif world.size > 1 and kind_of_shards == "row_wise":
-        (kernel,) = table_kernels(model)
-        rows_a_rank = -(-recommender.table.rows // world.size)
-        recommender.table.serve_runs(RowExchange(kernel.forward, rows_a_rank, ids_group()))
+    _look_up_by_ours(model, recommender.table, plan, world)
     _exchange_ids_apart(model)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     for one in dense.values():
@@ -187,6 +180,22 @@ def shard(
     ]:
         optimizers.append((name, _adamw(parameters, train, decay, world.device)))
     return Sharded(model, CombinedOptimizer(optimizers), list(dense.values()))
+
+
+def _look_up_by_ours(
+    model: DistributedModelParallel, table: ItemTable, plan: ShardingPlan, world: World
+) -> None:
+    """Have the table go around TorchRec's modules, where every rank has one run of its rows."""
+    if world.size == 1 and sharding_type(plan) == "table_wise":
+        table.serve_alone(*table_kernels(model))
+    elif world.size > 1 and sharding_type(plan) == "row_wise":
+        rows_a_rank = -(-table.rows // world.size)
+        (how,) = (how for one in plan.plan.values() for how in one.values())
+        parts = [one for one in how.sharding_spec.shards if one.shard_sizes[0]]
+        first_rows = [one.shard_offsets[0] for one in parts]
+        if first_rows == [rank * rows_a_rank for rank in range(world.size)]:
+            (kernel,) = table_kernels(model)
+            table.serve_runs(RowExchange(kernel.forward, rows_a_rank, ids_group()))
 
 
 def _exchange_ids_apart(model: DistributedModelParallel) -> None:

@@ -70,6 +70,11 @@ def test_ids_cross_in_a_group_of_their_own(results):
     assert results[1]["groups"] == []
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_may_get_no_ids(results, ranks):
+    assert results[ranks]["one rank's rows"]
+
+
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_best_items_are_merged_over_shards(results, sharding):
     assert results[2][f"top {sharding}"] == results[1]["top row_wise"]

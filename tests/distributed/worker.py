@@ -91,6 +91,7 @@ def measure(world: World, folder: Path) -> dict:
     sampled = build(world, "row_wise", loss())
     results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
     results["groups"] = groups(sampled, world)
+    results["one rank's rows"] = rows_of_one_rank(sampled, world)
     results |= evaluations(world, folder)
     if world.device.type == "cuda":
         return results
@@ -127,6 +128,17 @@ def groups(sharded: Sharded, world: World) -> list[str]:
     finally:
         dist.all_to_all_single = plain
     return found
+
+
+def rows_of_one_rank(sharded: Sharded, world: World) -> bool:
+    """Whether a batch all of whose ids are of the first rank gets their rows, and updates them."""
+    ids = torch.arange(TOKENS) % 5
+    batch = SequenceBatch.build(ids, ids[:3], torch.tensor([0, TOKENS]), ids).to(world.device)
+    x_TD, c_CD = sharded.recommender.table(batch.features)
+    torch.autograd.backward([x_TD, c_CD], [torch.ones_like(x_TD), torch.ones_like(c_CD)])
+    moved = sharded.recommender.table(batch.features)[0]
+    right = torch.equal(x_TD[:3], c_CD) and torch.equal(x_TD[:5], x_TD[5:10])
+    return right and bool((moved != x_TD).any(1).all())
 
 
 def evaluations(world: World, folder: Path) -> dict[str, list]:

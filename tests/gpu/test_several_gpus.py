@@ -88,6 +88,10 @@ def test_ids_cross_in_a_group_of_their_own(found):
     assert found.ranks[2]["groups"] == ["ids"] * 2 + ["default"] * 2
 
 
+def test_a_gpu_may_get_no_ids(found):
+    assert found.ranks[2]["one rank's rows"]
+
+
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
 def test_one_gpu_goes_on_from_a_checkpoint_of_two(found, sharding):
     expected = found.ranks[2]["full row_wise"][4:]
