@@ -166,7 +166,7 @@ def test_output_needs_a_folder(
 def test_command_line(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     arguments = [
-        "suite=[ssd,loss,state,checkpoint,scoring]",
+        "suite=[ssd,loss,table,state,checkpoint,scoring]",
         f"output={output}",
         "device=cpu",
         "quick=true",
@@ -187,12 +187,12 @@ def test_command_line(tmp_path: Path) -> None:
     assert not found["failures"]
     assert found["quick"] is True
     assert found["command"].startswith(
-        "python -m tools.benchmark suite=[ssd,loss,state,checkpoint,scoring]"
+        "python -m tools.benchmark suite=[ssd,loss,table,state,checkpoint,scoring]"
     )
     assert "hydra" not in found["command"]
     assert found["versions"]["torch"]
     assert {row["suite"] for row in found["rows"]} == {
-        *("ssd", "loss", "state", "checkpoint", "scoring")
+        *("ssd", "loss", "table", "state", "checkpoint", "scoring")
     }
     assert {row["by"] for row in found["rows"]} >= {"ours", "plain logits"}
     for row in found["rows"]:

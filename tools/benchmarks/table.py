@@ -16,6 +16,7 @@ from tools.benchmarks.bench import Bench
 from tools.benchmarks.measure import Floor
 from trainer import build
 from trainer.memory import STATE_NUMBERS
+from trainer.resolve import TABLE_RATES
 from trainer.sharding import Sharded, plan_table, shard
 
 WIDTH = 128
@@ -23,6 +24,7 @@ OPTIMIZERS = {
     "cpu": ("rowwise_adagrad", "sgd"),
     "cuda": ("adam", "partial_rowwise_adam", "rowwise_adagrad"),
 }
+RATE = 1e-3  # of an optimizer without a rate of its own: a step takes as long at any
 CANDIDATES = 8  # what the lookup is given besides the histories: next to nothing
 
 
@@ -65,7 +67,8 @@ def _measure(bench: Bench, rows: int, optimizer: str, tokens: int) -> None:
 def sharded_table(bench: Bench, rows: int, optimizer: str, tokens: int) -> Sharded:
     """The trainer's own table and optimizer, behind the smallest encoder there is."""
     model = bench.model(width=WIDTH, layers=1)
-    table = replace(bench.config.embedding, optimizer=optimizer)
+    rate = bench.config.embedding.learning_rate or TABLE_RATES.get(optimizer, RATE)
+    table = replace(bench.config.embedding, optimizer=optimizer, learning_rate=rate)
     train = replace(bench.config.trainer, precision="fp32")
     config = replace(bench.config, model=model, embedding=table, trainer=train)
     recommender = build.recommender(config, rows, bench.world)
