@@ -101,9 +101,10 @@ def _listed(vocabulary: Vocabulary, name: str, source: str | list[Any]) -> Tenso
 def _integers(name: str, source: list[Any]) -> pa.Array:
     try:
         return pa.array(source, pa.int64())
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         raise InputError(
-            f"{name}={source} holds other ids than the bundle's items have; give whole numbers"
+            f"{name}={source} holds other ids than the bundle's items have; give whole numbers in "
+            "[-2^63, 2^63)"
         ) from error
 
 

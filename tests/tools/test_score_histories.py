@@ -164,6 +164,8 @@ def test_ids_of_a_numbered_catalogue_are_numbers():
     vocabulary = Vocabulary(pa.array([5, 6]), np.ones(RESERVED_ROWS + 2, np.int64))
     with pytest.raises(InputError, match=r"block_items=\['a'\] holds other ids .*; give whole num"):
         read_filter(vocabulary, None, ["a"], None, "item_ids")
+    with pytest.raises(InputError, match=r"allow_items=\[5, 1000.* holds other ids .* in \[-2\^63"):
+        read_filter(vocabulary, [5, 10**20], None, None, "item_ids")
 
 
 def test_single_users_have_items_of_their_own_left_out(made, tmp_path):
