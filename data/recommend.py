@@ -99,6 +99,11 @@ def _known_rows(bundle: Bundle, history: Sequence[Any]) -> np.ndarray:
         ids = pa.array(history)
     except (pa.ArrowException, TypeError) as error:
         raise InputError(f"the item ids {list(history)[:3]}… are of several kinds") from error
+    except OverflowError as error:
+        raise InputError(
+            f"the item ids {list(history)[:3]}… are not all in [-2^63, 2^63); give ids of the "
+            "bundle's items"
+        ) from error
     rows = bundle.vocabulary.rows(ids)
     return rows[rows != UNKNOWN]
 

@@ -77,6 +77,11 @@ def test_ids_of_another_kind_are_refused(bundle):
         recommend(bundle, [[9]])
     with pytest.raises(InputError, match="are of several kinds"):
         recommend(bundle, [["i9", 9]])
+    beyond = r"the item ids \[9223372036854775808\]… are not all in \[-2\^63, 2\^63\); give ids of"
+    with pytest.raises(InputError, match=beyond):
+        recommend(bundle, [[2**63]], k=2)
+    with pytest.raises(InputError, match=beyond):
+        new_state(bundle, [2**63])
 
 
 def test_threads_share_a_bundle(made, bundle):
