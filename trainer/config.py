@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from data.errors import InputError
 
 MAX_STALL_SECONDS = 7200
+MOST_TOKENS = 2**31 - 1  # samples count them in 32 bits
 # Keys that older runs' stored configs lack, and what that stands for.
 ADDED = {"model": {"repeats": False}, "loss": {"smoothing": 0.0}, "data": {"reorder_ratio": 0.0}}
 KERNEL_SIZES = (16, 32, 64, 128)  # head and state sizes of modules.kernels.ssd
@@ -222,6 +223,14 @@ def _check_values(config: Config) -> None:
     ]:
         if number < least:
             raise InputError(f"{key}={number} is below its least value {least}")
+    for key, tokens in [
+        ("data.batch_tokens", data.batch_tokens),
+        ("data.max_sequences", data.max_sequences),
+        ("data.max_history", data.max_history),
+        ("data.overlap_tokens", data.overlap_tokens),
+    ]:
+        if tokens is not None and tokens > MOST_TOKENS:
+            raise InputError(f"{key}={tokens} is above {MOST_TOKENS}; set a smaller one")
     for key, share in [
         ("model.dropout", model.dropout),
         ("data.mask_ratio", data.mask_ratio),
