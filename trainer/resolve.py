@@ -32,7 +32,8 @@ TABLE_RATES = {"adam": 2e-3, "partial_rowwise_adam": 2e-3, "rowwise_adagrad": 0.
 def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
     """The config with every `auto` and null replaced by what it stands for here.
 
-    Raises InputError for sizes that this device has no kernel for, and data without a sample.
+    Raises InputError for sizes that this device has no kernel for, data without a sample, and
+    histories longer than a batch where data.long_history refuses them.
     """
     train, data = config.trainer, config.data
     if world.device.type == "cuda":
@@ -54,9 +55,11 @@ def resolve(config: Config, world: World, dataset: HistoryDataset) -> Config:
         most = None if data.max_history is None else min(data.max_history, tokens)
         data = replace(data, batch_tokens=tokens, max_history=most)
         config = replace(config, data=data)
+    rule = sample_rule(config)
+    rule.check_lengths(dataset.n_train_U)
     sequences = data.max_sequences
     if sequences is None:
-        counts = sample_rule(config).counts(dataset.n_train_U)
+        counts = rule.counts(dataset.n_train_U)
         if not counts.samples:
             raise InputError(
                 f"{data.path} has no user with two training events, so nothing to learn from; "

@@ -13,8 +13,10 @@ from tests.data.datasets import random_histories, write_dataset
 from tests.trainer.test_config import composed
 from trainer import build
 from trainer.checkpoint import RunState
+from trainer.compilers import Compilers
 from trainer.parts import candidates
 from trainer.resolve import repeat_bytes, resolve
+from trainer.run import run_rank
 
 
 def test_max_history_bounds_training_and_evaluation_alike(tmp_path, one_rank):
@@ -63,6 +65,14 @@ def test_repeats_among_too_many_rows_are_refused(tmp_path, one_rank, monkeypatch
     with pytest.raises(InputError, match=r"repeats=true needs 4,096 bytes .*; use loss=sampled"):
         resolve(config, one_rank, dataset)
     resolve(plain, one_rank, dataset)
+
+
+def test_a_dry_run_refuses_long_histories_as_training_does(tmp_path, one_rank):
+    folder = write_dataset(tmp_path / "long", [[8] * 40, [8, 9, 10]])
+    config = composed(f"data.path={folder}", "data.batch_tokens=16", "dry_run=true")
+    message = r"the longest training history has 37 tokens, a batch only batch_tokens=16: set data"
+    with pytest.raises(InputError, match=message):
+        run_rank(config, folder, tmp_path / "run", one_rank, Compilers(), 0.0)
 
 
 @pytest.mark.parametrize(
