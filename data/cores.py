@@ -1,9 +1,13 @@
-"""How many cores this process may use, and work for all of them."""
+"""How many cores this process may use, work for all of them, and how many threads may be asked."""
 
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from data.errors import InputError, check_whole
+
+MOST_THREADS = 1024  # some ten thousand of an engine take all of a machine's memory or processes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -14,6 +18,13 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_threads(threads: Any) -> None:
+    """Raise InputError unless option `threads` is a whole number from 1 to MOST_THREADS."""
+    check_whole("threads", threads, 1)
+    if threads > MOST_THREADS:
+        raise InputError(f"threads={threads} is above {MOST_THREADS:,}; give one a core or so")
 
 
 def on_all_cores(call: Callable[[T], R], items: Iterable[T], processes: int = 1) -> list[R]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.cores import check_threads
 from data.errors import InputError
 from data.log_query import LogRules
 
@@ -58,13 +59,15 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         least = {"min_user_events": 1, "min_item_events": 1, "max_bad_rows": 0}
-        least |= {"row_group_events": 1, "shards": 1, "threads": 1}
+        least |= {"row_group_events": 1, "shards": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if name in ("shards", "threads") and value is None:
+            if name == "shards" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise InputError(f"{name}={value} must be a whole number, {minimum} or more")
+        if self.threads is not None:
+            check_threads(self.threads)
         if not isinstance(self.overwrite, bool):
             raise InputError(f"overwrite={self.overwrite} must be true or false")
         if self.engine not in ENGINES:

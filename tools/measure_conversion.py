@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from configs.command import command
 from data.conversion import history_writer
+from data.cores import check_threads
 from data.errors import InputError, check_whole
 from data.log_files import find_files
 from data.schema import Manifest
@@ -126,8 +127,8 @@ def _floor(log: list[str], dataset: Path, output: Path, threads: int) -> tuple[f
 
 @command("measure_conversion")
 def main(options: dict[str, Any]) -> None:
-    for name in ("rounds", "threads"):
-        check_whole(name, options[name], 1)
+    check_whole("rounds", options["rounds"], 1)
+    check_threads(options["threads"])
     files = find_files(options["input"])
     if files.kind != "parquet":
         raise InputError(

@@ -29,6 +29,7 @@ from configs.command import command
 from data.bundle import Bundle
 from data.bundle_manifest import FORMATS, TORCHSCRIPT
 from data.compiled import AOTINDUCTOR
+from data.cores import check_threads
 from data.errors import InputError, check_whole
 from data.item_filter import ItemFilter, read_filter
 from data.log_files import LogFiles, find_files
@@ -86,11 +87,13 @@ class ScoreConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"k": 1, "batch_tokens": 1, "part_users": 1, "row_group_events": 1, "threads": 1}
+        least = {"k": 1, "batch_tokens": 1, "part_users": 1, "row_group_events": 1}
         for name, minimum in (least | {"max_bad_rows": 0}).items():
             value = getattr(self, name)
-            if name not in ("batch_tokens", "threads", "part_users") or value is not None:
+            if name not in ("batch_tokens", "part_users") or value is not None:
                 check_whole(name, value, minimum)
+        if self.threads is not None:
+            check_threads(self.threads)
         if not isinstance(self.exclude_seen, bool):
             raise InputError(f"exclude_seen={self.exclude_seen} must be true or false")
         if not isinstance(self.min_agreement, int | float) or not 0 <= self.min_agreement <= 1:

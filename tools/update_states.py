@@ -25,6 +25,7 @@ import torch
 from configs.command import command
 from data.bundle import Bundle
 from data.conversion import sealed
+from data.cores import check_threads
 from data.errors import InputError, check_whole
 from data.log_files import find_files
 from data.output_folder import new_folder
@@ -79,7 +80,7 @@ class UpdateConfig:
         check_whole("k", self.k, 0)
         check_whole("max_bad_rows", self.max_bad_rows, 0)
         if self.threads is not None:
-            check_whole("threads", self.threads, 1)
+            check_threads(self.threads)
         for name in ("exclude_seen", "native_code"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)} must be true or false")

@@ -255,6 +255,13 @@ def test_features_are_a_list() -> None:
         ConvertConfig.from_dict(options)
 
 
+def test_threads_are_bounded() -> None:
+    """The options alone: an engine with so many could stall the machine."""
+    options = plain_config("convert", ["input=L", "output=D", "threads=100000"])
+    with pytest.raises(InputError, match="threads=100000 is above 1,024; give one a core or so"):
+        ConvertConfig.from_dict(options)
+
+
 def test_options_of_spark_are_its_own_names() -> None:
     """Dots of the command line nest, and Spark's true is lower case."""
     given = ["spark.conf.spark.ui.enabled=true", "spark.conf={spark.executor.memory: 8g}"]

@@ -397,6 +397,11 @@ def test_refusals(made, tmp_path):
     refused("is not a finished data set", input=str(tmp_path / "cut"))
 
 
+def test_threads_are_bounded(made, tmp_path):
+    with pytest.raises(InputError, match="threads=1025 is above 1,024"):
+        config(made, tmp_path / "s", threads=1025)
+
+
 def test_a_flipped_bit_is_found_before_anything_is_written(made, tmp_path):
     """Also in a footer, where no page's checksum covers it."""
     data = shutil.copytree(made.data, tmp_path / "data")

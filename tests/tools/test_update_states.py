@@ -243,6 +243,11 @@ def test_refusals(made, days, tmp_path):
         whole.new_states(1)
 
 
+def test_threads_are_bounded():
+    with pytest.raises(InputError, match="threads=1025 is above 1,024"):
+        UpdateConfig("bundle", "events", "output", threads=1025)
+
+
 def test_a_gpu_that_is_not_there_is_refused(made, days, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match="device=cuda, but torch sees no GPU; use device=cpu"):
