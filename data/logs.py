@@ -39,14 +39,18 @@ class ReadCounts:
 
 
 def read_events(
-    events: Events, files: LogFiles, rules: LogRules, max_bad_rows: int = 0
+    events: Events,
+    files: LogFiles,
+    rules: LogRules,
+    max_bad_rows: int = 0,
+    where_is_option: bool = True,
 ) -> ReadCounts:
     """Read the log into the view `events` (see the module), filtered, repeats and all.
 
     `where` comes first, so it can drop bad rows by name; a bad row has a null or unreadable user,
     item or time, or is a malformed CSV line, and stands in the table `bad_rows`. Raises InputError
     for more of them than `max_bad_rows`, unusable columns, a `where` that is no condition, and
-    damaged files.
+    damaged files. where_is_option: whether the command has `where`, so that sentences advise it.
     """
     loaded = events.load(files, rules)
     bad = count_bad_rows(events.connection, files, loaded.marks)
@@ -62,8 +66,8 @@ def read_events(
         one = example(events.connection, files, rules, loaded.query, bad)
         raise InputError(
             f"{bad_rows:,} of {read:,} rows are bad ({reasons}), above "
-            f"max_bad_rows={max_bad_rows}{one}; "
-            "mend them, drop them with where=…, or raise the limit"
+            f"max_bad_rows={max_bad_rows}{one}; mend them"
+            f"{', drop them with where=…,' if where_is_option else ''} or raise the limit"
         )
     if good == 0:
         raise InputError(f"no event is left of {read:,} rows; check where={rules.where}")

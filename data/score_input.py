@@ -92,7 +92,7 @@ def _group(
     limits: GroupingLimits,
 ) -> Manifest:
     connection = events.connection
-    read = read_events(events, files, rules, limits.max_bad_rows)
+    read = read_events(events, files, rules, limits.max_bad_rows, where_is_option=False)
     kept = drop_repeats(events, rules)
     use_vocabulary(events, bundle.folder)
     unknown = scalar(connection, "SELECT count(*) FROM events ANTI JOIN vocabulary USING (item_id)")

@@ -463,6 +463,10 @@ def test_refusals_once_the_output_is_claimed(made, tmp_path):
     pq.write_table(strange, tmp_path / "strange.parquet")
     with pytest.raises(InputError, match="none of the log's 1 events is of an item"):
         score(config(made, tmp_path / "c", input=str(tmp_path / "strange.parquet")))
+    timeless = pa.table({"user_id": ["a"], "item_id": ["i8"], "timestamp": pa.nulls(1, pa.int64())})
+    pq.write_table(timeless, tmp_path / "timeless.parquet")
+    with pytest.raises(InputError, match=r"above max_bad_rows=0; mend them or raise the limit$"):
+        score(config(made, tmp_path / "c", input=str(tmp_path / "timeless.parquet")))
     # The same output can be used once the command or the log is right.
     assert {path.name for path in tmp_path.iterdir()} & {"a", "b", "c"} == set()
     columns = {"user": None, "item": None, "time": "t"}
