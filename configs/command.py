@@ -28,6 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from data.errors import InputError
 
 CONFIGS = Path(__file__).parent
+ELEMENT = r"""(?:\s*"(?:[^"\\]|\\.)*"\s*|\s*'(?:[^'\\]|\\.)*'\s*|[^,"'\[\]{}]+)"""
+LIST = re.compile(rf"\[{ELEMENT}(?:,{ELEMENT})*\]")  # of single values
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 PATH_ERRORS = {  # what a path alone can be wrong with, wherever it is used, and the fix
     errno.EACCES: "give this user access to it, or name another",
@@ -129,7 +131,7 @@ def _parse(argument: str) -> Override:
             raise InputError(f"cannot read the argument {argument!r}: write key=value") from error
         raise InputError(
             f"cannot read the argument {argument!r}: a value with = ~ ( ) < > or anything else "
-            "than plain letters, digits, spaces and / - + . $ % * @ ? | : \\ _ needs quotes inside "
+            "than ASCII letters, digits, spaces and / - + . $ % * @ ? | : \\ _ needs quotes inside "
             f"quotes, {_in_quotes(key, value)}"
         ) from error
     if override.is_delete():
@@ -145,9 +147,26 @@ def _parse(argument: str) -> Override:
 
 
 def _in_quotes(key: str, value: str) -> str:
-    """The argument as a shell takes it, its value quoted for Hydra."""
+    """The argument as a shell takes it, for Hydra its value quoted, or the elements of a list."""
+    if LIST.fullmatch(value):
+        elements = [one.strip() for one in re.findall(ELEMENT, value[1:-1])]
+        value = f"[{','.join(one if _is_readable(one) else _quoted(one) for one in elements)}]"
+    else:
+        value = _quoted(value)
+    return shlex.quote(f"{key}={value}")
+
+
+def _is_readable(value: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return False
+    return True
+
+
+def _quoted(value: str) -> str:
     escaped = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value)
-    return shlex.quote(f'{key}="{escaped}"')
+    return f'"{escaped}"'
 
 
 def _chooses(override: Override, choices: dict[str, str | None]) -> bool:

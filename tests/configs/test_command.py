@@ -107,6 +107,21 @@ def test_the_advised_quotes_are_right(value: str) -> None:
     assert config("convert", argument)["where"] == value
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("[üser-188]", ["üser-188"]),
+        ("[/a=1/x, 'b,=c',/d, 7]", ["/a=1/x", "b,=c", "/d", 7]),
+        ('["ü,\\"",é]', ['ü,"', "é"]),
+    ],
+)
+def test_the_advised_quotes_of_a_list_are_around_its_elements(value: str, expected: list) -> None:
+    with pytest.raises(InputError, match="needs quotes inside quotes") as error:
+        config("convert", f"columns.features={value}")
+    (argument,) = shlex.split(str(error.value).split("inside quotes, ")[1])
+    assert config("convert", argument)["columns"]["features"] == expected
+
+
 def test_what_is_no_flag_ends_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
