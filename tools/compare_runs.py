@@ -26,6 +26,7 @@ from trainer.run_folder import SUMMARY, WATCHING_KEYS, flatten
 
 # Of a run's config: what says nothing of its result, or is said by another key or column.
 IGNORED = WATCHING_KEYS | {"seed", "vocabulary.items", "vocabulary.sha256", "data.max_sequences"}
+DATA_KEYS = {"data.path", "data_sha256", "vocabulary.items", "vocabulary.sha256"}
 TOTALS = {"epochs": 1, "seconds": 0, "tokens_per_second": 0}  # and their decimals
 SHOWN = [f"{protocol}.{name}" for protocol in PROTOCOLS for name in ("ndcg@10", "hr@10")]
 
@@ -250,10 +251,17 @@ def values_plot(groups: list[Group], key: str, config: CompareConfig) -> bytes:
 def in_order_of(groups: list[Group], key: str) -> list[Group]:
     """The groups by a key of their config: numbers by size, then words, then null.
 
-    Raises InputError for a key that no config has, or that is equal in all runs.
+    Raises InputError for a key that no config has, that is not compared, or is equal in all runs.
     """
     if not any(key in run.config for group in groups for run in group.runs):
         raise InputError(f"x={key} is no key of the runs' config, such as data.max_history")
+    if key in IGNORED | DATA_KEYS:
+        why = "it says nothing of a result"
+        if key in DATA_KEYS:
+            why = "of data sets the content is, as the column data"
+        elif key == "seed":
+            why = "runs that differ in it alone are one row"
+        raise InputError(f"x={key} is not compared, {why}; leave x out")
     if key not in groups[0].differences:
         raise InputError(f"x={key} does not differ between the runs; leave x out")
 

@@ -131,6 +131,14 @@ def test_refusals(made, sweep, tmp_path):
         in_order_of(group_runs(sweep), "model.depth")
     with pytest.raises(InputError, match=r"x=model\.width does not differ between the runs"):
         in_order_of(group_runs(sweep), "model.width")
+    for key, why in (
+        ("data.path", "of data sets the content is, as the column data"),
+        ("data_sha256", "of data sets the content is"),
+        ("seed", "runs that differ in it alone are one row"),
+        ("run_dir", "it says nothing of a result"),
+    ):
+        with pytest.raises(InputError, match=f"x={key} is not compared, {why}.*; leave x out"):
+            in_order_of(group_runs(sweep), key)
     for options, message in (
         ({"figure": "hr@10"}, "figure=hr@10 is unknown"),
         ({"evaluation": "train"}, "evaluation=train is unknown"),
