@@ -11,6 +11,7 @@ import difflib
 import errno
 import os
 import re
+import select
 import shlex
 import sys
 import time
@@ -31,6 +32,7 @@ CONFIGS = Path(__file__).parent
 ELEMENT = r"""(?:\s*"(?:[^"\\]|\\.)*"\s*|\s*'(?:[^'\\]|\\.)*'\s*|[^,"'\[\]{}]+)"""
 LIST = re.compile(rf"\[{ELEMENT}(?:,{ELEMENT})*\]")  # of single values
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+UNREAD = 141  # of one whose output nobody reads any more (`| head`): a shell's for SIGPIPE
 PATH_ERRORS = {  # what a path alone can be wrong with, wherever it is used, and the fix
     errno.EACCES: "give this user access to it, or name another",
     errno.ENAMETOOLONG: "name a shorter one",
@@ -42,7 +44,8 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
 
     `main` gets the composed and resolved config as plain dicts and lists, so that no module
     beyond this one knows Hydra. InputError becomes one line on stderr and exit status 1, as does
-    a path of PATH_ERRORS; Ctrl-C the line "interrupted" and exit status 130.
+    a path of PATH_ERRORS; Ctrl-C the line "interrupted" and exit status 130. Where nobody reads
+    stdout any more it ends in silence, with exit status 141.
     """
 
     def decorate(main: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
@@ -55,6 +58,13 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
                     print(OmegaConf.to_yaml(_compose(config_name, arguments)[0]), end="")
                 else:
                     main(plain_config(config_name, arguments))
+                sys.stdout.flush()
+            except BrokenPipeError:
+                if not _stdout_is_unread():
+                    raise
+                # What is left to print would fail once more at exit (docs.python.org, SIGPIPE).
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise SystemExit(UNREAD) from None
             except InputError as error:
                 _stop(f"error: {error}", 1)
             except OSError as error:
@@ -265,6 +275,13 @@ def _header(config_name: str) -> str:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _stdout_is_unread() -> bool:
+    """Whether stdout is a pipe whose other end is closed."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return bool(watch.poll(0))
 
 
 def _stop(sentence: str, status: int) -> None:

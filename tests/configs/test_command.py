@@ -183,6 +183,23 @@ def test_exit_statuses() -> None:
     assert defect.stderr.endswith("ValueError: ours\n")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], NEEDED["convert"]])
+def test_output_that_nobody_reads_ends_the_command_in_silence(arguments: list[str]) -> None:
+    program = PROGRAM.format("SystemExit(print('a line\\n' * 100_000))")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_a_defect() -> None:
+    done = run(PROGRAM.format("BrokenPipeError(32, 'of a worker')"), *NEEDED["convert"])
+    assert done.returncode == 1
+    assert done.stderr.endswith("BrokenPipeError: [Errno 32] of a worker\n")
+
+
 def test_help_and_composed_config() -> None:
     shown = run(PROGRAM.format("ValueError"), "--help")
     assert shown.returncode == 0, shown.stderr
