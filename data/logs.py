@@ -115,6 +115,6 @@ def _check_every_file(files: LogFiles, rules: LogRules) -> None:
         for name in (rules.user, rules.item, rules.time):
             if name not in names:
                 raise InputError(
-                    f"{path} has no column {name}, only {', '.join(names)}; leave it out of input, "
+                    f"{path} has no column {name}, only {', '.join(names)}; leave that file out, "
                     "or name the right column in columns.user, columns.item, columns.time"
                 )

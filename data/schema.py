@@ -202,6 +202,15 @@ class Manifest:
         return manifest
 
 
+def is_data_set(folder: Path) -> bool:
+    """Whether the folder has a data set's manifest, of whatever schema version."""
+    try:
+        raw = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and "schema_version" in raw
+
+
 def damage(folder: Path, expected: DataFile) -> str | None:
     """What is wrong with a file of a data set, by its size and hash; None where all is right."""
     path = folder / expected.path

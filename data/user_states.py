@@ -28,7 +28,7 @@ from data.bundle import Bundle, all_numbers
 from data.conversion import sealed
 from data.errors import InputError, reason
 from data.reader import concatenated_ranges
-from data.schema import MANIFEST, DataFile, damage, write_atomically
+from data.schema import MANIFEST, DataFile, damage, is_data_set, write_atomically
 
 STATES_VERSION = 2
 STATES, SCORES = "states", "scores"
@@ -66,6 +66,11 @@ class StateManifest:
             )
         try:
             raw = json.loads(path.read_bytes())
+            if is_data_set(folder):
+                raise InputError(
+                    f"states={folder} is a converted data set; name a folder that "
+                    "tools.update_states wrote, or leave states out to start anew"
+                )
             if raw.get("states_version") != STATES_VERSION:
                 raise InputError(
                     f"{path} is not of states version {STATES_VERSION}, which this program reads; "

@@ -27,9 +27,9 @@ from data.bundle import Bundle
 from data.conversion import sealed
 from data.cores import check_threads
 from data.errors import InputError, check_whole
-from data.log_files import find_files
+from data.log_files import LogFiles, find_files
 from data.output_folder import new_folder
-from data.schema import MANIFEST, RESERVED_ROWS, DataFile
+from data.schema import MANIFEST, RESERVED_ROWS, DataFile, is_data_set
 from data.score_input import GroupingLimits, group_log, rules_for
 from data.scoring import score_table
 from data.user_states import (
@@ -126,7 +126,7 @@ def update(config: UpdateConfig) -> Report:
     )
     old_folder = None if config.states is None else Path(config.states)
     old = None if old_folder is None else StateManifest.read(old_folder, bundle)
-    files = find_files(config.events)
+    files = _log_files(config.events)
     limits = GroupingLimits(
         config.max_bad_rows, memory_limit=config.memory_limit, threads=config.threads
     )
@@ -156,6 +156,16 @@ def update(config: UpdateConfig) -> Report:
     state_bytes = NUMBERS[config.numbers].itemsize * bundle.model.state_numbers
     name = device_name(bundle.device)
     return Report(manifest, state_bytes, name, seconds, full_passes(bundle))
+
+
+def _log_files(events: str | list[str]) -> LogFiles:
+    for one in [events] if isinstance(events, str) else events:
+        if is_data_set(Path(str(one))):
+            raise InputError(
+                f"events={one} is a converted data set, and states move on by raw events; name "
+                "the log itself"
+            )
+    return find_files(events)
 
 
 def _warm_up(bundle: Bundle) -> None:

@@ -217,7 +217,9 @@ def test_refusals(made, days, tmp_path):
     refused("k=-1 must be a whole number", k=-1)
     refused(f"k={ITEMS + 1} is more than the bundle's {ITEMS} items; lower it", k=ITEMS + 1)
     refused("holds no finished states", states=str(made.data / "histories"))
-    refused("is not of states version 2", states=str(made.data))
+    refused(r"states=.* is a converted data set; name a folder that", states=str(made.data))
+    for events in (str(made.data), [str(days[1]), str(made.data)]):
+        refused(r"events=/.*data is a converted data set, .*; name the log itself$", events=events)
     path = states / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"fingerprint": "another"}))
@@ -225,6 +227,8 @@ def test_refusals(made, days, tmp_path):
     outside = [manifest["parts"][0] | {"path": "../part.parquet"}]
     path.write_text(json.dumps(manifest | {"parts": outside}))
     refused(r"names \.\./part\.parquet, outside its own .*; build the st", states=str(states))
+    path.write_text(json.dumps(manifest | {"states_version": 1}))
+    refused("is not of states version 2", states=str(states))
     path.write_text(json.dumps(manifest | {"colour": 1}))
     refused(r"manifest\.json is damaged \(.*; build the states anew", states=str(states))
     path.write_text(json.dumps(manifest))
