@@ -143,7 +143,8 @@ class SampleRule:
         if self.long_history == "windows" and not 0 <= self.overlap < self.sample_tokens:
             name = "batch_tokens" if self.max_history is None else "max_history"
             raise InputError(
-                f"overlap={self.overlap} must be at least 0 and below {name}={self.sample_tokens}"
+                f"data.overlap_tokens={self.overlap} must be at least 0 and below "
+                f"data.{name}={self.sample_tokens}"
             )
 
     @property

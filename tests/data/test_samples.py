@@ -125,8 +125,11 @@ def test_long_histories_are_refused_with_both_numbers():
     ("options", "message"),
     [
         (("prefix", 8, "windows"), "no meaning for prefix"),
-        (("causal", 8, "windows", 8), "overlap=8 must be"),
-        (("causal", 8, "windows", 4, 4), "overlap=4 must be at least 0 and below max_history=4"),
+        (
+            ("causal", 8, "windows", 8),
+            "data.overlap_tokens=8 must be at least 0 and below data.batch_tokens=8",
+        ),
+        (("causal", 8, "windows", 4, 4), "overlap_tokens=4 must be .* below data.max_history=4"),
         (("causal", 8, "windows", 0, 9), "max_history=9 must be at least 1 and at most"),
         (("causal", 8, "cut"), "long_history=cut is unknown"),
         (("both", 8), "objective=both is unknown"),
