@@ -8,6 +8,7 @@ resources. All options: configs/show.yaml.
 
 import html
 import random
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from data.vocabulary import Vocabulary
 COLUMNS = 100  # of the terminal
 MARGIN = "  "
 SCORE_WIDTH = 8
+MORE = 8  # times as many users are drawn again where too few have a history
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class UserView:
 def views(config: ShowConfig) -> list[UserView]:
     """The chosen users. Raises InputError for inputs that are absent, unfinished or other ones."""
     parts = _parts(Path(config.scores))
-    chosen = _chosen(parts, config)
     data = Path(config.histories)
     manifest, vocabulary = Manifest.read(data), Vocabulary.read(data)
     files = [data / one.path for one in manifest.histories]
+    chosen = _chosen(parts, files, config)
     histories = _rows_of(files, chosen, ["user_id", "items"])
     scores = _rows_of(parts, chosen, ["user_id", "item_ids", "scores"])
     absent = [user for user in chosen if user not in histories]
@@ -107,29 +109,53 @@ def _parts(folder: Path) -> list[Path]:
     return sorted((folder / SCORES if beside_states else folder).glob("part-*.parquet"))
 
 
-def _chosen(parts: list[Path], config: ShowConfig) -> list[str]:
-    """The users to show as text; random ones are drawn by their place among all scored."""
-    if isinstance(config.users, list):
-        chosen = list(dict.fromkeys(str(one) for one in config.users))
-        absent = sorted(set(chosen) - _rows_of(parts, chosen, ["user_id"]).keys())
-        if absent:
-            raise InputError(
-                f"user {absent[0]} is not among the scores in {config.scores}; leave that user out"
-            )
-        return chosen
+def _chosen(parts: list[Path], histories: list[Path], config: ShowConfig) -> list[str]:
+    """The users to show, as text."""
+    if not isinstance(config.users, list):
+        return _drawn(parts, histories, config.users, config)
+    chosen = list(dict.fromkeys(str(one) for one in config.users))
+    absent = sorted(set(chosen) - _rows_of(parts, chosen, ["user_id"]).keys())
+    if absent:
+        raise InputError(
+            f"user {absent[0]} is not among the scores in {config.scores}; leave that user out"
+        )
+    return chosen
+
+
+def _drawn(parts: list[Path], histories: list[Path], users: int, config: ShowConfig) -> list[str]:
+    """Random users, by their place among all scored; those without a history are drawn in vain."""
     counts = [pq.read_metadata(path).num_rows for path in parts]
     total = sum(counts)
     if total == 0:
         raise InputError(f"{config.scores} holds no user's scores; score histories with events")
-    places = sorted(random.Random(config.seed).sample(range(total), min(config.users, total)))
-    found, before = [], 0
+    wanted = drawn = min(users, total)
+    while True:
+        places = random.Random(config.seed).sample(range(total), drawn)
+        user_at = _users_at(parts, counts, sorted(places))
+        known = _rows_of(histories, list(user_at.values()), ["user_id"])
+        found = [place for place in places if user_at[place] in known][:wanted]
+        if len(found) == wanted or drawn == total:
+            break
+        drawn = min(MORE * drawn, total)
+    if not found:
+        raise InputError(
+            f"no user who is scored is in {config.histories}; name the data set scored"
+        )
+    return [user_at[place] for place in sorted(found)]
+
+
+def _users_at(parts: list[Path], counts: list[int], places: list[int]) -> dict[int, str]:
+    """The users at ascending places among all scored. counts: the rows of each part."""
+    users: dict[int, str] = {}
+    before = 0
     for path, count in zip(parts, counts, strict=True):
-        here = [place - before for place in places if before <= place < before + count]
+        here = places[bisect_left(places, before) : bisect_left(places, before + count)]
         if here:
-            ids = pq.read_table(path, columns=["user_id"])["user_id"].take(pa.array(here))
-            found += [str(one) for one in ids.to_pylist()]
+            column = pq.read_table(path, columns=["user_id"])["user_id"]
+            ids = column.take(pa.array([place - before for place in here])).to_pylist()
+            users |= dict(zip(here, map(str, ids), strict=True))
         before += count
-    return found
+    return users
 
 
 def _rows_of(paths: list[Path], users: list[str], columns: list[str]) -> dict[str, dict[str, Any]]:

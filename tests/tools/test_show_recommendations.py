@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.errors import InputError
+from data.schema import HISTORIES, RESERVED_ROWS
 from tests.data.datasets import write_dataset
-from tests.trained_run import Trained, run_command, trained
+from tests.trained_run import ITEMS, Trained, run_command, trained
 from tools.score_histories import ScoreConfig, score
 from tools.show_recommendations import COLUMNS, ShowConfig, as_page, as_text, main, views
 from tools.update_states import UpdateConfig, update
@@ -66,6 +67,22 @@ def test_random_users_depend_on_the_seed_alone(made, scores):
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 6
     assert len(views(config(made, scores, users=1000))) == len(made.histories)
+
+
+def test_random_users_are_those_of_the_data_set(made, scores, tmp_path):
+    """Of a raw log more users are scored than a data set made from it has."""
+    few = write_dataset(tmp_path / "few", made.histories[:3], table_rows=RESERVED_ROWS + ITEMS)
+    here = {"histories": str(few)}
+    for seed in range(10):
+        users = [view.user for view in views(config(made, scores, users=2, seed=seed, **here))]
+        assert len(set(users)) == 2
+        assert set(users) <= {"u0", "u1", "u2"}
+    assert len(views(config(made, scores, users=5, **here))) == 3
+    (part,) = (few / HISTORIES).iterdir()
+    table = pq.read_table(part)
+    pq.write_table(table.set_column(0, "user_id", pa.array(["a", "b", "c"])), part)
+    with pytest.raises(InputError, match=r"no user who is scored is in .*few; name the data set"):
+        views(config(made, scores, **here))
 
 
 def test_scores_beside_states_are_shown(made, scores, tmp_path):
