@@ -70,17 +70,19 @@ def example(
     query: LogQuery,
     bad: dict[str, int],
 ) -> str:
-    """The most frequent unreadable value or malformed line, and what makes it readable."""
+    """An example of what is bad most often: its file, or a line or value and what mends it."""
     reason = max(bad, key=lambda name: bad[name])
     if reason == _MALFORMED:
         # The reader does not repeat itself: its last words on the line are kept in this table.
         line, error = one_row(connection, "SELECT line, error_message FROM reject_errors LIMIT 1")
         return f", for example line {line} ({first_line(ValueError(error))})"
     kind, _, role = reason.partition("_")
-    if kind != "unreadable":
-        return ""
     mark = next(number for number, name in BAD_REASONS.items() if name == reason)
-    (value,) = one_row(connection, f"SELECT {role} FROM ({query.raw}) WHERE mark = {mark} LIMIT 1")
+    value, file = one_row(
+        connection, f'SELECT "{role}", file FROM ({query.raw}) WHERE mark = {mark} LIMIT 1'
+    )
+    if kind != "unreadable":
+        return f", for example in {file}"
     name = getattr(rules, role)
     right = "BIGINT or TIMESTAMP" if role == "time" else "VARCHAR"
     fix = f"cast the column to {right}"

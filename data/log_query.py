@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data.engine import first_line, quoted, quoted_path
 from data.errors import InputError
@@ -112,6 +114,7 @@ def log_query(connection: duckdb.DuckDBPyConnection, files: LogFiles, rules: Log
     if files.kind == "parquet":
         source = f"SELECT {columns} FROM read_parquet({names}, union_by_name=true, {hive})"
         types = _types(connection, source, rules)
+        _check_ids_agree(files, types, rules)
         query, raw = select_rows(source, types, rules, False)
         total = f"SELECT sum(num_rows)::BIGINT FROM parquet_file_metadata({names})"
     else:
@@ -180,6 +183,19 @@ def _types(connection: duckdb.DuckDBPyConnection, source: str, rules: LogRules) 
         except duckdb.Error as error:
             raise InputError(f"csv.types.{name}={kind} is no DuckDB type; try VARCHAR") from error
     return types
+
+
+def _check_ids_agree(files: LogFiles, types: dict[str, str], rules: LogRules) -> None:
+    """Of integers in one file and text in another, DuckDB makes text."""
+    names = [name for name in (rules.user, rules.item) if types[name] == "VARCHAR"]
+    for path in files.paths if names and len(files.paths) > 1 else ():
+        schema = pq.read_schema(path)
+        for name in set(names).intersection(schema.names):
+            if pa.types.is_integer(schema.field(name).type):
+                raise InputError(
+                    f"{name} is {schema.field(name).type} in {path} and text in another file; cast "
+                    "it to one type in all"
+                )
 
 
 def _from_text(text: str, types: dict[str, str], rules: LogRules) -> str:

@@ -54,11 +54,11 @@ def run_rank(
     plan = plan_table(model, config.embedding, world, config.data.tokens_a_batch, looked_up)
     if world.is_main:
         print("\n".join(describe_plan(plan, config.embedding, world)), flush=True)
+    validation = build.evaluation_batches(config, dataset, "validation", world)
+    test = build.evaluation_batches(config, dataset, "test", world)
     if config.dry_run:
         report_dry_run(config, model, plan, dataset.table_rows, world)
         return
-    validation = build.evaluation_batches(config, dataset, "validation", world)
-    test = build.evaluation_batches(config, dataset, "test", world)
 
     with ExitStack() as stack:
         stop = stack.enter_context(stop_request())

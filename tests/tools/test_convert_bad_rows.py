@@ -101,11 +101,18 @@ def test_too_many_bad_rows_leave_what_was_there(tmp_path: Path) -> None:
     before = digest(tmp_path / "out")
     log.write_text("user_id,item_id,timestamp\n1,1,1\n,1,1\n")
     with pytest.raises(
-        InputError, match=r"1 of 2 rows are bad .1 null_user., above max_bad_rows=0; .* where=…, or"
+        InputError, match=r"1 of 2 rows are bad .1 null_user., above max_bad_rows=0, .* where=…, or"
     ):
         run(log, tmp_path / "out", overwrite=True)
     assert digest(tmp_path / "out") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
+
+
+def test_a_file_with_a_null_is_named(tmp_path: Path) -> None:
+    for name, user in (("a", "1"), ("b", ""), ("c", "1")):
+        (tmp_path / f"{name}.csv").write_text(f"user_id,item_id,timestamp\n{user},1,1\n")
+    with pytest.raises(InputError, match=r"1 null_user.*max_bad_rows=0, for example in .*b\.csv;"):
+        run(tmp_path, tmp_path / "out")
 
 
 def test_an_unreadable_value_is_shown(tmp_path: Path) -> None:

@@ -132,6 +132,9 @@ def test_input_errors(log: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"item_id": [1]}), tmp_path / "other.parquet")
     with pytest.raises(InputError, match=r"other.parquet has no column user_id, only item_id"):
         run([log, tmp_path / "other.parquet"], out)
+    text = write(tmp_path / "text.parquet", some_events(1, 5, str))
+    with pytest.raises(InputError, match=r"_id is int64 in .*log.* and text in another file; cast"):
+        run([log, text], out)
     write(tmp_path / "hive/a=1/x.parquet", some_events(1, 5))
     with pytest.raises(InputError, match="Hive partitions"):
         run([tmp_path / "hive", log], out)

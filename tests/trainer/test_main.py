@@ -97,8 +97,9 @@ def test_init_from_a_run_with_fewer_items(data, straight, tmp_path):
 
 
 def test_data_without_a_validation_target_is_refused_at_once(tmp_path):
+    """By a dry run, and so by a run, which comes by there."""
     bare = write_dataset(tmp_path / "bare", [[8, 9, 10, 11]] * 9, n_train=[4] * 9)
-    error = error_of([f"data.path={bare}", f"run_dir={tmp_path / 'run'}"])
+    error = error_of([f"data.path={bare}", f"run_dir={tmp_path / 'run'}", "dry_run=true"])
     assert "has no validation target" in error
     assert not (tmp_path / "run").exists()
 
