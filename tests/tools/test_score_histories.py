@@ -465,7 +465,8 @@ def test_refusals_once_the_output_is_claimed(made, tmp_path):
         score(config(made, tmp_path / "c", input=str(tmp_path / "strange.parquet")))
     timeless = pa.table({"user_id": ["a"], "item_id": ["i8"], "timestamp": pa.nulls(1, pa.int64())})
     pq.write_table(timeless, tmp_path / "timeless.parquet")
-    with pytest.raises(InputError, match=r"max_bad_rows=0, for .*timeless.*; mend them or raise the limit$"):
+    limit = r"max_bad_rows=0, for .*timeless.*; mend them or raise the limit$"
+    with pytest.raises(InputError, match=limit):
         score(config(made, tmp_path / "c", input=str(tmp_path / "timeless.parquet")))
     # The same output can be used once the command or the log is right.
     assert {path.name for path in tmp_path.iterdir()} & {"a", "b", "c"} == set()
