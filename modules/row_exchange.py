@@ -43,8 +43,7 @@ class RowExchange:
     """Rows of ids, wherever they are.
 
     lookup: (ids, offsets of samples) -> rows, of this rank's part, for two features. rows_a_rank:
-    of every rank but, perhaps, the last ones. group: of the ids; rows and gradients go by the
-    default one.
+    of every rank but, perhaps, the last. group: of the ids; rows and gradients go by the default.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class _RowsBack(torch.autograd.Function):
     def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor, None]:
         crossed: CrossedIds = ctx.crossed
         sent_TD = torch.empty_like(gradient_TD, memory_format=torch.contiguous_format)
-        sent_TD.index_copy_(0, crossed.place_T, gradient_TD / world_size())
+        sent_TD.index_copy_(0, crossed.place_T, gradient_TD).div_(world_size())
         gradient_RD = sent_TD.new_empty(len(crossed.ids_R), sent_TD.shape[1])
         dist.all_to_all_single(gradient_RD, sent_TD, crossed.received, crossed.sent)
         return gradient_RD, None

@@ -70,12 +70,19 @@ def plan_table(
     """The planner's choice within `embedding.sharding` and `embedding.offload`.
 
     Collective, and before anything is allocated. Raises InputError for an offload on the CPU, and
-    when no sharding fits the free memory, with the bytes needed and there.
+    when no sharding fits the free memory, with the bytes needed and there, and where `row_wise`
+    would leave a rank without a row.
     """
     if config.offload != "none" and world.device.type == "cpu":
         raise InputError(
             f"embedding.offload={config.offload} is for CUDA: on the CPU the table is in host "
             "memory anyway; use embedding.offload=none"
+        )
+    rows, _ = _shape(module)
+    if config.sharding == "row_wise" and _leaves_a_rank_empty(rows, world.size):
+        raise InputError(
+            f"embedding.sharding=row_wise leaves one of {world.size} ranks none of the table's "
+            f"{rows:,} rows; use embedding.sharding=table_wise, or fewer ranks"
         )
     config = replace(config, optimizer=table_optimizer(config.optimizer, world.device))
     whole = TableMemory.of(*_shape(module), config, world.device)
@@ -108,7 +115,9 @@ def _constraint(
     kinds = [config.sharding]
     if config.sharding == "auto":
         # Not column-wise: it changes what a row-wise optimizer does. One rank owns every row.
-        kinds = ["table_wise"] if world.size == 1 else ["row_wise", "table_wise"]
+        kinds = ["row_wise", "table_wise"]
+        if world.size == 1 or _leaves_a_rank_empty(_shape(module)[0], world.size):
+            kinds = ["table_wise"]
     cached = config.offload == "uvm_caching"
     return ParameterConstraints(
         sharding_types=kinds,
@@ -119,6 +128,11 @@ def _constraint(
         num_poolings=[1.0, 1.0],
         batch_sizes=[1, 1],
     )
+
+
+def _leaves_a_rank_empty(rows: int, ranks: int) -> bool:
+    """Of equal runs of rows, rounded up, the last ranks may get none."""
+    return -(-rows // ranks) * (ranks - 1) >= rows
 
 
 def sharder(config: TableConfig) -> EmbeddingCollectionSharder:
@@ -189,13 +203,9 @@ def _look_up_by_ours(
     if world.size == 1 and sharding_type(plan) == "table_wise":
         table.serve_alone(*table_kernels(model))
     elif world.size > 1 and sharding_type(plan) == "row_wise":
+        (kernel,) = table_kernels(model)
         rows_a_rank = -(-table.rows // world.size)
-        (how,) = (how for one in plan.plan.values() for how in one.values())
-        parts = [one for one in how.sharding_spec.shards if one.shard_sizes[0]]
-        first_rows = [one.shard_offsets[0] for one in parts]
-        if first_rows == [rank * rows_a_rank for rank in range(world.size)]:
-            (kernel,) = table_kernels(model)
-            table.serve_runs(RowExchange(kernel.forward, rows_a_rank, ids_group()))
+        table.serve_runs(RowExchange(kernel.forward, rows_a_rank, ids_group()))
 
 
 def _exchange_ids_apart(model: DistributedModelParallel) -> None:

@@ -36,7 +36,7 @@ class Stepper:
     """Takes training steps.
 
     The table stands outside: rows are looked up, what lies behind them gives the gradients to rows
-    and dense parameters, and the table's backward pass updates it. TorchRec averages gradients over
+    and dense parameters, and the table's backward pass updates it. Its gradients are averages over
     ranks, as is done here for the dense ones, so this rank's part of the global mean is weighted by
     the number of ranks.
 

@@ -91,7 +91,7 @@ def measure(world: World, folder: Path) -> dict:
     sampled = build(world, "row_wise", loss())
     results["sampled"] = [step(sampled, world, n, sampled=True) for n in range(STEPS)]
     results["groups"] = groups(sampled, world)
-    results["one rank's rows"] = rows_of_one_rank(sampled, world)
+    results["against TorchRec"] = against_torchrec(world)
     results |= evaluations(world, folder)
     if world.device.type == "cuda":
         return results
@@ -130,15 +130,27 @@ def groups(sharded: Sharded, world: World) -> list[str]:
     return found
 
 
-def rows_of_one_rank(sharded: Sharded, world: World) -> bool:
-    """Whether a batch all of whose ids are of the first rank gets their rows, and updates them."""
-    ids = torch.arange(TOKENS) % 5
-    batch = SequenceBatch.build(ids, ids[:3], torch.tensor([0, TOKENS]), ids).to(world.device)
-    x_TD, c_CD = sharded.recommender.table(batch.features)
-    torch.autograd.backward([x_TD, c_CD], [torch.ones_like(x_TD), torch.ones_like(c_CD)])
-    moved = sharded.recommender.table(batch.features)[0]
-    right = torch.equal(x_TD[:3], c_CD) and torch.equal(x_TD[:5], x_TD[5:10])
-    return right and bool((moved != x_TD).any(1).all())
+def against_torchrec(world: World) -> float:
+    """The largest difference of rows, looked up and updated, from those by TorchRec's modules.
+
+    Ranks differ in the numbers of their ids; at first all ids are of the first rank's rows.
+    """
+    ours, theirs = (build(world, "row_wise", loss()) for _ in range(2))
+    theirs.recommender.table._runs = None
+    difference = 0.0
+    for number in range(4):
+        g = torch.Generator().manual_seed(10 * number + world.rank)
+        T, C = [(1, 1), (27, 5), (4, 23)][(world.rank + number) % 3]
+        ids = torch.randint(0, ROWS if number else 5, (T + C,), generator=g)
+        gradients = torch.randn(T + C, WIDTH, generator=g).to(world.device).split([T, C])
+        batch = SequenceBatch.build(ids[:T], ids[T:], torch.tensor([0, T]), ids[:T])
+        found = []
+        for one in (ours, theirs):
+            rows = one.recommender.table(batch.to(world.device).features)
+            torch.autograd.backward(rows, gradients)
+            found.append(torch.cat(rows))
+        difference = max(difference, float((found[0] - found[1]).abs().max()))
+    return difference
 
 
 def evaluations(world: World, folder: Path) -> dict[str, list]:

@@ -127,3 +127,13 @@ def test_state_is_fp32_whatever_the_rows_are(optimizer, state):
 def test_an_optimizer_that_the_host_lacks():
     with pytest.raises(InputError, match=r"adam does not exist on cpu; it is one of auto, rowwise"):
         table_optimizer("adam", torch.device("cpu"))
+
+
+def test_no_rank_is_left_without_a_row(monkeypatch, world):
+    """Nine rows on four ranks are 3, 3, 3 and none; ten leave the last one."""
+    four = replace(world, size=4)
+    with pytest.raises(InputError, match=r"one of 4 ranks none of the table's 9 rows; use"):
+        planned(monkeypatch, four, Memory(GIB, GIB), table("sharding=row_wise"), rows=9)
+    for rows, kinds in ((9, ["table_wise"]), (10, ["row_wise", "table_wise"])):
+        chosen = sharding._constraint(Table(rows, 128, "fp32"), table(), four, 16, 16)
+        assert chosen.sharding_types == kinds
