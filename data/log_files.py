@@ -34,21 +34,21 @@ class LogFiles:
         return self.paths[0] if len(self.paths) == 1 else f"{len(self.paths)} files"
 
 
-def find_files(inputs: str | Iterable[str]) -> LogFiles:
+def find_files(inputs: str | Iterable[str], option: str = "input") -> LogFiles:
     """Find the files of `inputs`: a file, a folder (read recursively), a glob, or several of them.
 
     In folders, names that start with `.` or `_` and files of other kinds are passed over. A file
     named twice counts once, a CSV file without a byte not at all. Raises InputError when nothing
     matches, when Parquet and CSV are mixed, when Hive partitions differ among the files, for an
-    empty name, and for object-store URLs.
+    empty name, and for object-store URLs. option: by which sentences name the inputs.
     """
     found: dict[str, Path] = {}  # each file and the highest of the inputs' folders that hold it
     for one in [inputs] if isinstance(inputs, str) else list(inputs):
-        for path, folder in _expand(str(one)):
+        for path, folder in _expand(str(one), option):
             found[path] = min(found.get(path, folder), folder, key=lambda part: len(part.parts))
     paths = tuple(sorted(found))
     if not paths:
-        raise InputError("input names no file; give input=PATH, a glob, or [PATH,PATH,…]")
+        raise InputError(f"{option} names no file; give {option}=PATH, a glob, or [PATH,PATH,…]")
     kinds = {_kind(path) for path in paths}
     if None in kinds:
         odd = next(path for path in paths if _kind(path) is None)
@@ -56,23 +56,25 @@ def find_files(inputs: str | Iterable[str]) -> LogFiles:
             f"the format of {odd} is not known; a log's name ends in {', '.join(SUFFIXES)}"
         )
     if len(kinds) > 1:
-        raise InputError("input mixes Parquet and CSV files; convert one kind, e.g. with a glob")
+        raise InputError(f"{option} mixes Parquet and CSV files; give one kind, e.g. with a glob")
     kind = str(kinds.pop())
     if kind == "csv":  # one without a byte has no header to agree with the others'
         paths = tuple(path for path in paths if Path(path).stat().st_size)
         if not paths:
-            raise InputError(f"the log is empty: {min(found)} has not one byte; name another input")
+            raise InputError(
+                f"the log is empty: {min(found)} has not one byte; name another {option}"
+            )
     partitions, outer = _partitions({path: found[path] for path in paths})
     return LogFiles(paths, kind, partitions, outer)
 
 
-def _expand(one: str) -> list[tuple[str, Path]]:
+def _expand(one: str, option: str) -> list[tuple[str, Path]]:
     """The files that one input names, each with the folder at which its partitions begin."""
     if not one.strip():
-        raise InputError("input is empty; give input=PATH, a glob, or [PATH,PATH,…]")
+        raise InputError(f"{option} is empty; give {option}=PATH, a glob, or [PATH,PATH,…]")
     if _URL.match(one):
         raise InputError(
-            f"input={one} is a URL, and only files are read: copy the log to a disk, or mount it"
+            f"{option}={one} is a URL, and only files are read: copy the log to a disk, or mount it"
         )
     path = Path(one).expanduser().absolute()
     if path.is_file():
@@ -87,7 +89,7 @@ def _expand(one: str) -> list[tuple[str, Path]]:
     for folder in (Path(match) for match in matches if Path(match).is_dir()):
         files += [str(entry) for entry in folder.rglob("*") if _is_data(entry, folder)]
     if not files:
-        raise InputError(f"no file matches input={one}; check the path or the glob")
+        raise InputError(f"no file matches {option}={one}; check the path or the glob")
     fixed = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
     return [(file, fixed) for file in files]
 

@@ -165,7 +165,7 @@ def _log_files(events: str | list[str]) -> LogFiles:
                 f"events={one} is a converted data set, and states move on by raw events; name "
                 "the log itself"
             )
-    return find_files(events)
+    return find_files(events, "events")
 
 
 def _warm_up(bundle: Bundle) -> None:

@@ -220,6 +220,7 @@ def test_refusals(made, days, tmp_path):
     refused(r"states=.* is a converted data set; name a folder that", states=str(made.data))
     for events in (str(made.data), [str(days[1]), str(made.data)]):
         refused(r"events=/.*data is a converted data set, .*; name the log itself$", events=events)
+    refused(r"no file matches events=.*absent; check the path", events=str(states / "absent"))
     path = states / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"fingerprint": "another"}))
