@@ -8,6 +8,7 @@ values under equal seeds.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ FILL_NUMBERS = 1 << 24
 class Exchanged:
     """Ids at the ranks that hold their rows, and what TorchRec needs to bring the rows back."""
 
+    collection: Any  # an EmbeddingCollection, sharded
     context: EmbeddingCollectionContext
     ids: KJTList
 
@@ -37,6 +39,11 @@ class Exchanged:
         """Keep the memory until this stream, another than the exchange's, is done with it."""
         self.context.record_stream(stream)
         self.ids.record_stream(stream)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """History rows and candidate rows. Collective, once."""
+        rows = self.collection.compute_and_output_dist(self.context, self.ids)
+        return rows[HISTORY].values(), rows[CANDIDATES].values()
 
 
 class ItemTable(nn.Module):
@@ -70,12 +77,12 @@ class ItemTable(nn.Module):
             x_TD, c_CD = rows.split(features.length_per_key())
             return x_TD, c_CD
         if self._runs is not None:
-            return self.rows_of(self.exchange(features), features)
+            return self._runs.send_ids(features).rows()
         rows = self.collection(features)
         return rows[HISTORY].values(), rows[CANDIDATES].values()
 
     def exchange(self, features: KeyedJaggedTensor) -> Exchanged | CrossedIds:
-        """The first half of `forward` where the table is sharded: the ids, not yet their rows.
+        """The first half of `forward` where the table is sharded: the ids, not yet their `rows`.
 
         Collective, and the host waits for the current stream.
         """
@@ -83,19 +90,7 @@ class ItemTable(nn.Module):
             return self._runs.send_ids(features)
         context = self.collection.create_context()
         ids = self.collection.input_dist(context, features).wait().wait()
-        return Exchanged(context, ids)
-
-    def rows_of(
-        self, exchanged: Exchanged | CrossedIds, features: KeyedJaggedTensor
-    ) -> tuple[Tensor, Tensor]:
-        """The second half: what `forward` returns. Collective, once for each exchange."""
-        if isinstance(exchanged, CrossedIds):
-            assert self._runs is not None
-            rows = self._runs.fetch_rows(exchanged)
-            x_TD, c_CD = rows.split(features.length_per_key())
-            return x_TD, c_CD
-        rows = self.collection.compute_and_output_dist(exchanged.context, exchanged.ids)
-        return rows[HISTORY].values(), rows[CANDIDATES].values()
+        return Exchanged(self.collection, context, ids)
 
     @property
     def alone(self) -> bool:

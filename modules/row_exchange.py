@@ -22,12 +22,15 @@ from modules.collectives import world_size
 
 @dataclass(frozen=True)
 class CrossedIds:
-    """Ids at the ranks that hold their rows.
+    """Ids at the ranks that hold their rows. lookup: see `RowExchange`.
 
     ids_R: counted from the first row of this rank. sent, received: how many go to, and came from,
-    each rank. place_T: the place of each of this rank's own ids among those that it sent.
+    each rank. place_T: the place of each of this rank's own ids among those that it sent. parts:
+    how many of these are of each feature.
     """
 
+    lookup: Callable[[Tensor, Tensor], Tensor]
+    parts: list[int]
     ids_R: Tensor
     sent: list[int]
     received: list[int]
@@ -38,9 +41,18 @@ class CrossedIds:
         self.ids_R.record_stream(stream)
         self.place_T.record_stream(stream)
 
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """History rows and candidate rows, in the order of the ids. Collective, once."""
+        R = len(self.ids_R)
+        samples = 2 * max(1, -(-R // (2 * IDS_A_SAMPLE)))
+        starts = torch.arange(samples + 1, device=self.ids_R.device) * IDS_A_SAMPLE
+        rows_RD = self.lookup(self.ids_R, starts.clamp_(max=R))
+        x_TD, c_CD = _RowsBack.apply(rows_RD, self).split(self.parts)
+        return x_TD, c_CD
+
 
 class RowExchange:
-    """Rows of ids, wherever they are.
+    """Sends ids to where their rows are.
 
     lookup: (ids, offsets of samples) -> rows, of this rank's part, for two features. rows_a_rank:
     of every rank but, perhaps, the last. group: of the ids; rows and gradients go by the default.
@@ -71,15 +83,8 @@ class RowExchange:
         sent, received = counts_2W.tolist()
         ids_R = ids_T.new_empty(sum(received))
         dist.all_to_all_single(ids_R, sent_T, received, sent, group=self.group)
-        return CrossedIds(ids_R, sent, received, place_T)
-
-    def fetch_rows(self, crossed: CrossedIds) -> Tensor:
-        """[T, D], in the order of the ids that `send_ids` got. Collective."""
-        R = len(crossed.ids_R)
-        samples = 2 * max(1, -(-R // (2 * IDS_A_SAMPLE)))
-        starts = torch.arange(samples + 1, device=crossed.ids_R.device) * IDS_A_SAMPLE
-        rows_RD = self.lookup(crossed.ids_R, starts.clamp_(max=R))
-        return _RowsBack.apply(rows_RD, crossed)
+        parts = features.length_per_key()
+        return CrossedIds(self.lookup, parts, ids_R, sent, received, place_T)
 
 
 class _RowsBack(torch.autograd.Function):

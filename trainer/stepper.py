@@ -125,7 +125,8 @@ class Stepper:
             here = torch.cuda.current_stream()
             here.wait_stream(self._side)
             exchanged.record_stream(here)
-        return table.rows_of(exchanged, self._batch.features)
+        looked_up: tuple[Tensor, Tensor] = exchanged.rows()
+        return looked_up
 
     def _place_rows(self, rows: tuple[Tensor, Tensor]) -> None:
         """Take the rows as leaves of their own, as `_place` does; compile and capture at first."""

@@ -34,7 +34,7 @@ from modules.kernels.softmax_walk import exponentials_kernel, finish_kernel, log
 from modules.repeats import WHOLE_TILES
 
 DTYPES = (torch.bfloat16, torch.float32)
-PLACE_ROWS = 16  # positions of a program that does not walk
+TARGET_ROWS = 16  # positions of a program that does not walk
 
 
 @torch.library.custom_op("ssd4rec::candidate_logsumexp", mutates_args=())
@@ -80,9 +80,9 @@ def candidate_logsumexp_op(
         )
         lse_N = lse_GN[0] if grid[1] == 1 else torch.logsumexp(lse_GN, dim=0)
     if place_N is not None:
-        target_kernel[(triton.cdiv(N, PLACE_ROWS),)](
+        target_kernel[(triton.cdiv(N, TARGET_ROWS),)](
             h_ND, c_CD, bias_C, place_N, first_ZC, sequence_N, token_N, score_N, logit_N, N, C,
-            stride, D, launch.columns, PLACE_ROWS, repeats, num_warps=4,
+            stride, D, launch.columns, TARGET_ROWS, repeats, num_warps=4,
         )  # fmt: skip
     return lse_N, logit_N, base_N, repeat_sum_N, exp_NJ
 
